@@ -1,0 +1,114 @@
+"""One wording for the errors every operator shares: name, expected, got."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .masks import Intervals, Mask, causal
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Logits(NamedTuple):
+    """What turns q and k into masked scores, checked and resolved: the common head of every operator's arguments."""
+
+    start: Tensor
+    stop: Tensor
+    offset: int
+    bias: Tensor | None
+    scale: float
+    softcap: float
+    sink: Tensor | None
+
+
+def check_qk(q: Tensor, k: Tensor) -> None:
+    for name, x in (("q", q), ("k", k)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have 4 axes [B, H, T, D], got {list(x.shape)}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {_dtype(x)}")
+    same("k", k, "q", q)
+    B, H, _, D = q.shape
+    if D == 0:
+        raise ValueError("q must have a head dim of at least 1, got 0")
+    if k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"k must have shape [{B}, H_kv, S, {D}], got {list(k.shape)}")
+    if H == 0 or k.shape[1] == 0 or H % k.shape[1]:
+        raise ValueError(f"k must have a head count that divides q's {H}, got {k.shape[1]}")
+
+
+def check_v(v: Tensor, k: Tensor) -> None:
+    if not isinstance(v, Tensor):
+        raise TypeError(f"v must be a torch.Tensor, got {type(v).__name__}")
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] == 0:
+        raise ValueError(f"v must have shape [{', '.join(map(str, k.shape[:3]))}, V], V ≥ 1, got {list(v.shape)}")
+    same("v", v, "k", k)
+
+
+def check_square(name: str, q: Tensor, k: Tensor) -> None:
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"{name} needs as many queries as keys, got T = {q.shape[2]} and S = {k.shape[2]}")
+
+
+def same(name: str, x: Tensor, like: str, y: Tensor) -> None:
+    if x.dtype != y.dtype:
+        raise TypeError(f"{name} must have {like}'s dtype {_dtype(y)}, got {_dtype(x)}")
+    if x.device != y.device:
+        raise ValueError(f"{name} must be on {like}'s device {y.device}, got {x.device}")
+
+
+def resolve_mask(q: Tensor, k: Tensor, mask: Mask | Intervals | None, is_causal: bool) -> Intervals:
+    B, T, S = q.shape[0], q.shape[2], k.shape[2]
+    if mask is None:
+        mask = Mask()
+    if isinstance(mask, Mask):
+        mask = (causal() & mask if is_causal else mask).resolve(T, S, device=q.device)
+    elif not isinstance(mask, Intervals):
+        raise TypeError(f"mask must be a causalattn Mask or Intervals, got {type(mask).__name__}")
+    elif is_causal:
+        positions = torch.arange(mask.offset, mask.offset + T, device=mask.start.device, dtype=torch.int32)
+        mask = mask._replace(stop=torch.minimum(mask.stop, positions + 1))
+    for bound in mask[:3]:
+        if bound.ndim != 2 or bound.shape[0] not in (1, B) or bound.shape[1] != T:
+            raise ValueError(f"mask must be for [{B} or 1, {T}] rows, got {list(bound.shape)}")
+        if bound.device != q.device:
+            raise ValueError(f"mask must be on q's device {q.device}, got {bound.device}")
+    if not q.is_cuda and (mask.stop > S).any():
+        raise ValueError(f"mask must stop at S = {S} or before, got {int(mask.stop.max())}")
+    return mask
+
+
+def resolve_logits(
+    q: Tensor,
+    k: Tensor,
+    mask: Intervals,
+    *,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sink: Tensor | None,
+) -> Logits:
+    B, H, T, D = q.shape
+    S = k.shape[2]
+    if bias is not None:
+        if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(bias.shape[::-1], (S, T, H, B), strict=False)):
+            raise ValueError(f"bias must broadcast to [{B}, {H}, {T}, {S}], got {list(bias.shape)}")
+        if bias.device != q.device or not bias.is_floating_point():
+            raise TypeError(f"bias must be floating point on {q.device}, got {_dtype(bias)} on {bias.device}")
+        bias = bias.expand(B, H, T, S)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if sink is not None:
+        if sink.shape != (H,):
+            raise ValueError(f"sink must have shape [{H}], got {list(sink.shape)}")
+        if sink.device != q.device:
+            raise ValueError(f"sink must be on q's device {q.device}, got {sink.device}")
+    scale = D**-0.5 if scale is None else float(scale)
+    return Logits(mask.start, mask.stop, mask.offset, bias, scale, softcap or 0.0, sink)
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

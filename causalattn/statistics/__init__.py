@@ -1,0 +1,293 @@
+"""Statistics of the attention map from q and k: per row, per column, per token and per head, never the map itself."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._backend import Backend
+from .._checks import Logits, check_qk, check_square, resolve_logits, resolve_mask
+from ..masks import Intervals, Mask
+from .chosen import chosen_probs
+from .pairs import pair_statistics
+from .received import received as received_pass
+from .rows import ROWS, row_statistics
+
+
+class Asymmetry(NamedTuple):
+    """How far A is from Aᵀ: frobenius, ratio, l1, max [B, H] and net_flow [B, H, T]."""
+
+    frobenius: Tensor
+    ratio: Tensor
+    l1: Tensor
+    max: Tensor
+    net_flow: Tensor
+
+
+class AttentionStats(NamedTuple):
+    """What `attention_stats` was asked for, float32 (float64 for float64 q); None where it was not."""
+
+    lse: Tensor | None = None
+    max: Tensor | None = None
+    mass: Tensor | None = None
+    entropy: Tensor | None = None
+    sum_sq: Tensor | None = None
+    below: Tensor | None = None
+    diag: Tensor | None = None
+    distance: Tensor | None = None
+    columns: Tensor | None = None
+    received: Tensor | None = None
+    received_mean: Tensor | None = None
+    net_flow: Tensor | None = None
+    dag_score: Tensor | None = None
+    asymmetry: Asymmetry | None = None
+
+
+ROW_STATISTICS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "diag", "distance", "columns")
+DEFAULT = (*ROW_STATISTICS, "dag_score")
+
+
+def attention_stats(
+    q: Tensor,
+    k: Tensor,
+    *,
+    want: str | Iterable[str] = DEFAULT,
+    columns: Sequence[int | str] = ("sink",),
+    causal: bool = False,
+    mask: Mask | Intervals | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    backend: Backend = "auto",
+) -> AttentionStats:
+    """Measure the attention map A of q and k without storing it: one pass for rows, one each for columns and pairs.
+
+    With A_ij = exp(S_ij − lse_i) as in `attention` and query i at key position p_i = i + S − T:
+
+        per row     lse; max_j A_ij; mass Σ_j A_ij (1, less a learned sink's share); entropy Σ_j A_ij (lse_i − S_ij);
+                    sum_sq Σ_j A_ij² (1 / sum_sq is the effective number of causes); below Σ_{j < p_i} A_ij;
+                    diag A_{i, p_i}; distance Σ_j A_ij |p_i − j|; columns A_ij at chosen j
+        per key     received c_j = Σ_i A_ij; received_mean c_j / #{i that may attend j}
+        per token   net_flow Σ_j A_ij − c_i: sent less received (T = S)
+        per head    dag_score Σ_i below_i / Σ_ij A_ij; asymmetry, see `asymmetry` (T = S)
+
+    Under a causal mask dag_score is 1 − mean(diag) whatever the model learnt: see `permutation_null`.
+
+    Args:
+        q, k, causal, mask, bias, scale, softcap, sink, backend: as in `attention`.
+        want: "all", or names of the statistics; by default those of a row and dag_score.
+        columns: the j of `columns`: key positions, negative from the end, or "sink", the first real key of the row's
+            own sequence or segment.
+
+    Returns:
+        AttentionStats: [B, H, T] a row or token, [B, H, S] a key, [B, H] a head, [B, H, T, len(columns)] for columns.
+        Entropies are in nats and distances in tokens. A row that may attend nothing has lse −∞ and 0 elsewhere.
+
+    Raises:
+        ValueError: as in `attention`; an unknown want or column; net_flow or asymmetry with T ≠ S.
+
+    Source: dag_score after the causal reading of attention (q_i·k_j = tr q_i k_jᵀ).
+
+    Example:
+        >>> q = k = torch.zeros(1, 1, 4, 8)
+        >>> attention_stats(q, k, want=["dag_score", "received"], causal=True).received
+        tensor([[[2.0833, 1.0833, 0.5833, 0.2500]]])
+    """
+    check_qk(q, k)
+    want = _wanted(want)
+    if want & {"net_flow", "asymmetry"}:
+        check_square("net_flow and asymmetry", q, k)
+    intervals = resolve_mask(q, k, mask, causal)
+    chosen = _chosen_keys(columns, intervals, k.shape[2])
+    logits = resolve_logits(q, k, intervals, bias=bias, scale=scale, softcap=softcap, sink=sink)
+
+    rows = _rows(q, k, logits, want, backend)
+    stats = {name: value for name, value in rows.items() if name in want}
+    masked = (logits.start, logits.stop, logits.bias, logits.scale, logits.softcap)
+    if want & {"diag", "columns"}:
+        picked = torch.cat([_diagonal(intervals)] * ("diag" in want) + [chosen] * ("columns" in want), -1)
+        probs = chosen_probs(q, k, *masked, rows["lse"], picked, backend)
+        if "diag" in want:
+            stats["diag"], probs = probs[..., 0], probs[..., 1:]
+        if "columns" in want:
+            stats["columns"] = probs
+    if want & {"received", "received_mean", "net_flow", "asymmetry"}:
+        stats |= _columns(received_pass(q, k, *masked, rows["lse"], backend), rows["mass"], intervals)
+    if "dag_score" in want:
+        stats["dag_score"] = _share(rows["below"], rows["mass"])
+    if "asymmetry" in want:
+        pairs = pair_statistics(q, k, *masked, rows["lse"], backend)
+        stats["asymmetry"] = _asymmetry(*pairs.unbind(), stats["net_flow"])
+    return AttentionStats(**{name: value for name, value in stats.items() if name in want})
+
+
+def dag_score(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    mask: Mask | Intervals | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Share of the attention mass that lies strictly below the diagonal: Σ_{j < p_i} A_ij / Σ_ij A_ij.
+
+    Args:
+        q, k and the rest: as in `attention`.
+
+    Returns:
+        [B, H]; 0 where no row may attend anything. Uniform attention scores (T − 1) / 2T without a mask and
+        1 − (Σ_{n ≤ T} 1/n) / T under a causal one, where the score says nothing of the model: print it with
+        `permutation_null`.
+
+    Raises:
+        ValueError, TypeError: as in `attention`.
+
+    Source: the mass of tril(A, −1) over the mass of A.
+
+    Example:
+        >>> q = k = torch.zeros(1, 1, 4, 8)
+        >>> dag_score(q, k)
+        tensor([[0.3750]])
+    """
+    options = {"causal": causal, "mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sink": sink}
+    return attention_stats(q, k, want=("dag_score",), **options, backend=backend).dag_score
+
+
+def asymmetry(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    mask: Mask | Intervals | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Asymmetry:
+    """Distance of the attention map from its transpose, summed from the differences themselves.
+
+        frobenius = ‖A − Aᵀ‖_F;  ratio = ‖A − Aᵀ‖_F / ‖A + Aᵀ‖_F;  l1 = Σ|A_ij − A_ji|;  max = max|A_ij − A_ji|
+        net_flow_i = Σ_j A_ij − Σ_j A_ji
+
+    Args:
+        q, k and the rest: as in `attention`, with T = S.
+
+    Returns:
+        Asymmetry: [B, H] each, net_flow [B, H, T]. Under a causal mask ratio depends on the diagonal alone.
+
+    Raises:
+        ValueError: T ≠ S; else as in `attention`.
+
+    Example:
+        >>> q = k = torch.zeros(1, 1, 4, 8)
+        >>> asymmetry(q, k).frobenius
+        tensor([[0.]])
+    """
+    options = {"causal": causal, "mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sink": sink}
+    return attention_stats(q, k, want=("asymmetry",), **options, backend=backend).asymmetry
+
+
+def score_asymmetry(q: Tensor, k: Tensor) -> Tensor:
+    """‖S − Sᵀ‖_F / ‖S + Sᵀ‖_F of the unmasked scores S = q kᵀ, exactly, in O(T·D²) time and O(D²) memory.
+
+        ‖S‖² = tr((QᵀQ)(KᵀK)),  ⟨S, Sᵀ⟩ = tr((KᵀQ)²),  ratio² = (‖S‖² − ⟨S, Sᵀ⟩) / (‖S‖² + ⟨S, Sᵀ⟩)
+
+    Args:
+        q: queries, [B, H, T, D]; k: keys, [B, H_kv, T, D]. Any scale cancels. With rotary embeddings pass the rotated
+            q and k.
+
+    Returns:
+        [B, H], 0 for symmetric scores, 1 for orthogonal, ∞ for antisymmetric ones, computed in float64; NaN where all
+        scores are 0.
+
+    Raises:
+        ValueError: T ≠ S; else as in `attention`.
+
+    Example:
+        >>> x = torch.randn(1, 1, 16, 4)
+        >>> bool(score_asymmetry(x, x) < 1e-6)
+        True
+    """
+    check_qk(q, k)
+    check_square("score_asymmetry", q, k)
+    H, H_kv = q.shape[1], k.shape[1]
+    result = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for b in range(q.shape[0]):
+        for h in range(H):
+            Q, K = q[b, h].double(), k[b, h * H_kv // H].double()
+            norm, cross = ((Q.T @ Q) * (K.T @ K)).sum(), K.T @ Q
+            inner = (cross * cross.T).sum()
+            result[b, h] = torch.sqrt((norm - inner).clamp(min=0) / (norm + inner))
+    return result
+
+
+def _wanted(want: str | Iterable[str]) -> set[str]:
+    if want == "all":
+        return set(AttentionStats._fields)
+    names = {want} if isinstance(want, str) else set(want)
+    if unknown := sorted(names - set(AttentionStats._fields)):
+        raise ValueError(f"want must be 'all' or names among {', '.join(AttentionStats._fields)}, got {unknown[0]!r}")
+    return names
+
+
+def _rows(q: Tensor, k: Tensor, logits: Logits, want: set[str], backend: Backend) -> dict[str, Tensor]:
+    """The row statistics that want names, and those that the passes after this one need."""
+    needed = want | {"lse"}
+    if want & {"dag_score"}:
+        needed |= {"below", "mass"}
+    if want & {"received", "received_mean", "net_flow", "asymmetry"}:
+        needed |= {"mass"}
+    names = [name for name in ROWS if name in needed]
+    packed = row_statistics(q, k, *logits, " ".join(names), backend)
+    return dict(zip(names, packed.unbind(), strict=True))
+
+
+def _diagonal(intervals: Intervals) -> Tensor:
+    """[B or 1, T, 1] int32: each query's own key position."""
+    start = intervals.start
+    positions = torch.arange(start.shape[1], dtype=torch.int32, device=start.device) + intervals.offset
+    return positions.expand_as(start)[..., None]
+
+
+def _chosen_keys(columns: Sequence[int | str], intervals: Intervals, S: int) -> Tensor:
+    """[B or 1, T, len(columns)] int32."""
+    chosen = []
+    for column in columns:
+        if column == "sink":
+            chosen.append(intervals.first)
+        elif isinstance(column, int) and -S <= column < S:
+            chosen.append(torch.full_like(intervals.first, column % S))
+        else:
+            raise ValueError(f"columns must hold 'sink' or positions from {-S} to {S - 1}, got {column!r}")
+    return torch.stack(chosen, -1) if chosen else intervals.first[..., None][..., :0]
+
+
+def _columns(received: Tensor, mass: Tensor, intervals: Intervals) -> dict[str, Tensor]:
+    columns = {"received": received}
+    # how many rows may attend each key: +1 where an interval starts, −1 where it stops, summed up
+    edges = torch.zeros(len(intervals.start), received.shape[2] + 1, dtype=torch.int32, device=received.device)
+    one = torch.ones_like(intervals.start)
+    edges.scatter_add_(1, intervals.start.long(), one).scatter_add_(1, intervals.stop.long(), -one)
+    rows = edges.cumsum(1)[:, None, :-1]
+    columns["received_mean"] = received / rows.clamp(min=1)
+    if mass.shape[2] == received.shape[2]:
+        columns["net_flow"] = mass - received
+    return columns
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Σ part / Σ whole over the rows, summed in float64; 0 where there is nothing."""
+    total = whole.sum(-1, dtype=torch.float64)
+    return torch.where(total == 0, 0, part.sum(-1, dtype=torch.float64) / total).to(part.dtype)
+
+
+def _asymmetry(difference_sq: Tensor, sum_sq: Tensor, l1: Tensor, largest: Tensor, net_flow: Tensor) -> Asymmetry:
+    ratio = torch.where(sum_sq == 0, 0, difference_sq / sum_sq).sqrt()
+    return Asymmetry(difference_sq.sqrt(), ratio, l1, largest, net_flow)

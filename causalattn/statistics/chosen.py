@@ -1,0 +1,59 @@
+"""A_ij at one chosen key a row: the diagonal, the sink, any column."""
+
+import torch
+from torch import Tensor
+
+from .._backend import accumulator, use_triton
+from .._checks import Logits
+
+ROWS_AT_ONCE = 4096
+
+
+@torch.library.custom_op("causalattn::chosen_probs", mutates_args=())
+def chosen_probs(
+    q: Tensor,
+    k: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    lse: Tensor,
+    chosen: Tensor,
+    backend: str,
+) -> Tensor:
+    """A_ij at j = chosen [B or 1, T, n] int32, 0 where row i may not attend it: [B, H, T, n]."""
+    if use_triton(backend, q):
+        from ..kernels.statistics.chosen import chosen_probs_fwd
+
+        return chosen_probs_fwd(q, k, start, stop, bias, scale, softcap, lse, chosen)
+    return _chosen_probs_torch(q, k, Logits(start, stop, 0, bias, scale, softcap, None), lse, chosen)
+
+
+@chosen_probs.register_fake
+def _(q, k, start, stop, bias, scale, softcap, lse, chosen, backend):
+    return q.new_empty(*q.shape[:3], chosen.shape[2], dtype=accumulator(q))
+
+
+def _chosen_probs_torch(q: Tensor, k: Tensor, logits: Logits, lse: Tensor, chosen: Tensor) -> Tensor:
+    B, H, T, _ = q.shape
+    dtype = accumulator(q)
+    result = q.new_zeros(B, H, T, chosen.shape[2], dtype=dtype)
+    if k.shape[2] == 0:
+        return result
+    start, stop, chosen = (x.expand(B, *x.shape[1:]) for x in (logits.start, logits.stop, chosen))
+    for b in range(B):
+        for h in range(H):
+            keys = k[b, h // (H // k.shape[1])]
+            for m in range(0, T, ROWS_AT_ONCE):
+                rows = slice(m, m + ROWS_AT_ONCE)
+                j = chosen[b, rows].long()
+                seen = (j >= start[b, rows, None]) & (j < stop[b, rows, None])
+                j = j.masked_fill(~seen, 0)
+                x = (q[b, h, rows].to(dtype)[:, None] * keys[j].to(dtype)).sum(-1) * logits.scale
+                if logits.softcap > 0:
+                    x = torch.tanh(x / logits.softcap) * logits.softcap
+                if logits.bias is not None:
+                    x = x + logits.bias[b, h, rows].gather(1, j)
+                result[b, h, rows] = torch.exp(x - lse[b, h, rows, None]).masked_fill(~seen, 0)
+    return result
