@@ -1,0 +1,150 @@
+"""Row statistics of the attention map, in one pass over the keys.
+
+    lse_i = log Σ_j e^{S_ij};  max_j A_ij;  mass_i = Σ_j A_ij;  entropy_i = Σ_j A_ij (lse_i − S_ij);
+    sum_sq_i = Σ_j A_ij²;  below_i = Σ_{j < p_i} A_ij;  distance_i = Σ_j A_ij |p_i − j|
+
+Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32, bias [B, H, T, S], sink [H];
+out [wanted, B, H, T] float32. A statistic's slot in out is a constexpr, −1 where it is not wanted and not computed.
+Precision: float32 scores in base 2 (float32 inputs by exact dots), sums float32 in a tile and float64 across tiles.
+Cost: 2·D flops and one exp2 a score; at D ≤ 64 the exponentials are the bound.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._primitives import (
+    FLOOR,
+    FORBIDDEN,
+    LN2,
+    LOG2E,
+    Launch,
+    add_bias,
+    architecture,
+    base2_scores,
+    dot,
+    interval_bounds,
+    load_intervals,
+    load_rows,
+    normalizer,
+)
+
+ROWS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "distance")
+
+
+def launch(D: int, itemsize: int, arch: int) -> Launch:
+    """Tiles by head dim and dtype; arch is `architecture`'s."""
+    if itemsize == 4:
+        return Launch(32, 64, 4, 1) if D > 64 else Launch(64, 64, 4, 1)
+    if D > 128:
+        return Launch(64, 32, 4, 1 if arch == 0 else 2)
+    return Launch(64, 64, 4, 1) if arch == 0 else Launch(128, 64, 8, 3)
+
+
+@triton.jit(do_not_specialize=["T", "S", "offset", "scale", "softcap"])
+def _row_statistics_kernel(
+    q_ptr, k_ptr, start_ptr, stop_ptr, bias_ptr, sink_ptr, out_ptr,
+    stride_qb, stride_qh, stride_qt, stride_qd,
+    stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_ib,
+    stride_bb, stride_bh, stride_bt, stride_bs,
+    stride_on, stride_ob,
+    H, GROUP, T, S, offset, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LSE: tl.constexpr, MAX: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
+    SUM_SQ: tl.constexpr, BELOW: tl.constexpr, DISTANCE: tl.constexpr,
+):
+    blocks = tl.cdiv(T, BLOCK_M)
+    # under a causal mask the last rows are the longest: they start first
+    pid_m = blocks - 1 - tl.program_id(0) % blocks
+    pid_bh = (tl.program_id(0) // blocks).to(tl.int64)
+    pid_b, pid_h = pid_bh // H, pid_bh % H
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < T
+    start, stop = load_intervals(start_ptr + pid_b * stride_ib, stop_ptr + pid_b * stride_ib, offs_m, T)
+    low, high, inner_low, inner_high = interval_bounds(start, stop, mask_m)
+    q = load_rows(q_ptr + pid_b * stride_qb + pid_h * stride_qh, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
+    k_ptr += pid_b * stride_kb + pid_h // GROUP * stride_kh
+    position = offs_m + offset
+
+    m_i = tl.full([BLOCK_M], FLOOR, tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float64)
+    entropy, sum_sq, below, distance = l_i, l_i, l_i, l_i
+    for n in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, offs_n, S, stride_ks, stride_kd, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        x = base2_scores(dot(q, tl.trans(k)), scale, softcap)  # [BLOCK_M, BLOCK_N]
+        if bias_ptr is not None:
+            tile_ptr = bias_ptr + pid_b * stride_bb + pid_h * stride_bh
+            x = add_bias(x, tile_ptr, offs_m[:, None], offs_n[None, :], T, S, stride_bt, stride_bs)
+        if (n < inner_low) | (n + BLOCK_N > inner_high):
+            x = tl.where((offs_n[None, :] >= start[:, None]) & (offs_n[None, :] < stop[:, None]), x, FORBIDDEN)
+        m_new = tl.maximum(m_i, tl.max(x, 1))
+        grown = (m_new - m_i).to(tl.float64)
+        alpha = tl.exp2(m_i - m_new).to(tl.float64)
+        x -= m_new[:, None]
+        p = tl.exp2(x)
+        if ENTROPY >= 0:
+            entropy = (entropy + grown * l_i) * alpha - tl.sum(p * x, 1)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        if SUM_SQ >= 0:
+            sum_sq = sum_sq * alpha * alpha + tl.sum(p * p, 1)
+        if BELOW >= 0:
+            below = below * alpha + tl.sum(tl.where(offs_n[None, :] < position[:, None], p, 0.0), 1)
+        if DISTANCE >= 0:
+            distance = distance * alpha + tl.sum(p * tl.abs(position[:, None] - offs_n[None, :]).to(tl.float32), 1)
+        m_i = m_new
+
+    sink = None
+    if sink_ptr is not None:
+        sink = tl.load(sink_ptr + pid_h).to(tl.float32) * LOG2E
+    lse, unit = normalizer(m_i, l_i.to(tl.float32), sink)
+    mass = (l_i * unit).to(tl.float32)
+    out_ptr += pid_bh * stride_ob + offs_m
+    if LSE >= 0:
+        tl.store(out_ptr + LSE * stride_on, lse * LN2, mask=mask_m)
+    if MAX >= 0:
+        tl.store(out_ptr + MAX * stride_on, unit, mask=mask_m)
+    if MASS >= 0:
+        tl.store(out_ptr + MASS * stride_on, mass, mask=mask_m)
+    if ENTROPY >= 0:
+        # Σ A (lse − S) = Σ A (lse − maximum) + Σ A (maximum − S)
+        gap = tl.where(l_i == 0, 0.0, lse - m_i)
+        tl.store(out_ptr + ENTROPY * stride_on, ((entropy * unit).to(tl.float32) + gap * mass) * LN2, mask=mask_m)
+    if SUM_SQ >= 0:
+        tl.store(out_ptr + SUM_SQ * stride_on, (sum_sq * unit * unit).to(tl.float32), mask=mask_m)
+    if BELOW >= 0:
+        tl.store(out_ptr + BELOW * stride_on, (below * unit).to(tl.float32), mask=mask_m)
+    if DISTANCE >= 0:
+        tl.store(out_ptr + DISTANCE * stride_on, (distance * unit).to(tl.float32), mask=mask_m)
+
+
+def row_statistics_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    start: torch.Tensor,
+    stop: torch.Tensor,
+    offset: int,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    sink: torch.Tensor | None,
+    want: list[str],
+) -> torch.Tensor:
+    B, H, T, D = q.shape
+    S = k.shape[2]
+    out = torch.empty(len(want), B, H, T, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out
+    tiles = launch(D, q.element_size(), architecture(q))
+    _row_statistics_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
+        q, k, start, stop, bias, sink, out,
+        *q.stride(), *k.stride(), start.stride(0) if start.shape[0] > 1 else 0,
+        *((0, 0, 0, 0) if bias is None else bias.stride()), out.stride(0), T,
+        H, H // k.shape[1], T, S, offset, scale, softcap or None,
+        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
+        **{name.upper(): want.index(name) if name in want else -1 for name in ROWS},
+        **tiles._asdict(), enable_fp_fusion=True,
+    )
+    return out
