@@ -76,8 +76,10 @@ def resolve_mask(q: Tensor, k: Tensor, mask: Mask | Intervals | None, is_causal:
             raise ValueError(f"mask must be for [{B} or 1, {T}] rows, got {list(bound.shape)}")
         if bound.device != q.device:
             raise ValueError(f"mask must be on q's device {q.device}, got {bound.device}")
-    if not q.is_cuda and (mask.stop > S).any():
-        raise ValueError(f"mask must stop at S = {S} or before, got {int(mask.stop.max())}")
+    if q.is_cuda:
+        return mask._replace(start=mask.start.clamp(min=0), stop=mask.stop.clamp(max=S))
+    if ((mask.start < 0) | (mask.stop > S)).any():
+        raise ValueError(f"mask must lie in 0…{S}, got {int(mask.start.min())}…{int(mask.stop.max())}")
     return mask
 
 

@@ -34,7 +34,7 @@ class Head:
         self.start = padded(logits.start[row, :, None], BLOCK)  # [T rounded up, 1]
         self.stop = padded(logits.stop[row, :, None], BLOCK)
         self.keys = torch.arange(self.k.shape[0], device=q.device)
-        self._x = self.q.new_empty(BLOCK, BLOCK)
+        self._x, self._mirror = self.q.new_empty(2, BLOCK, BLOCK)
         self._bounds = None if q.is_cuda else _bounds(self.start, self.stop, self.T)
 
     def normalizer(self, m_i: Tensor, l_i: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,10 +51,14 @@ class Head:
     def row_blocks(self) -> range:
         return range(0, self.T, BLOCK)
 
-    def key_blocks(self, m: int) -> Iterator[int]:
+    def key_blocks(self, m: int) -> range:
         """First keys of the tiles that some row of block m may attend; on a GPU, where values are unknown, of all."""
         low, high = (0, self.S) if self._bounds is None else self._bounds[m // BLOCK][:2]
-        return iter(range(low // BLOCK * BLOCK, high, BLOCK))
+        return range(low // BLOCK * BLOCK, high, BLOCK)
+
+    def reached(self, m: int, n: int) -> bool:
+        """Whether some row of block m may attend some key of block n."""
+        return self._bounds is None or n in self.key_blocks(m)
 
     def seen(self, m: int, n: int) -> Tensor | None:
         """bool [BLOCK, BLOCK], or None where every row may attend every key of the tile."""
@@ -65,15 +69,24 @@ class Head:
         keys = self.keys[n : n + BLOCK]
         return (keys >= self.start[m : m + BLOCK]) & (keys < self.stop[m : m + BLOCK])
 
-    def scores(self, m: int, n: int) -> Tensor:
-        """Masked scores [BLOCK, BLOCK] of rows m… and keys n…, in a buffer that the next call overwrites."""
-        x = torch.mm(self.q[m : m + BLOCK], self.k[n : n + BLOCK].T, out=self._x)
-        if self.natural:
-            x = self._shape(x, m, n)
-        seen = self.seen(m, n)
-        return x if seen is None else x.masked_fill_(~seen, FORBIDDEN)
+    def scores(self, m: int, n: int, transposed: bool = False) -> Tensor:
+        """Masked scores of rows m… and keys n…, [BLOCK, BLOCK], keys first if transposed.
 
-    def _shape(self, x: Tensor, m: int, n: int) -> Tensor:
+        The buffer is this head's, one for each orientation: the next call overwrites it.
+        """
+        rows, keys = self.q[m : m + BLOCK], self.k[n : n + BLOCK]
+        if transposed:
+            x = torch.mm(keys, rows.T, out=self._mirror)
+        else:
+            x = torch.mm(rows, keys.T, out=self._x)
+        seen = self.seen(m, n)
+        if self.natural:
+            self._shape(x.T if transposed else x, m, n)
+        if seen is not None:
+            x.masked_fill_(~(seen.T if transposed else seen), FORBIDDEN)
+        return x
+
+    def _shape(self, x: Tensor, m: int, n: int) -> None:
         softcap, bias = self.logits.softcap, self.logits.bias
         if softcap > 0:
             x.div_(softcap).tanh_().mul_(softcap)
@@ -81,7 +94,7 @@ class Head:
             tile = bias[self.b, self.h, m : m + BLOCK, n : n + BLOCK]
             x[: tile.shape[0], : tile.shape[1]] += tile
             x.clamp_(min=FORBIDDEN)
-        return x.mul_(LOG2E)
+        x.mul_(LOG2E)
 
 
 def heads(q: Tensor, k: Tensor, logits: Logits) -> Iterator[Head]:
@@ -97,13 +110,14 @@ def padded(x: Tensor, block: int) -> Tensor:
 
 def _bounds(start: Tensor, stop: Tensor, T: int) -> list[list[int]]:
     """Of each block of rows: the first and last key some row may attend, then those that every row may attend."""
-    filled = (stop > start)[:, 0]
-    rows = torch.arange(len(start)) < T
-    start, stop = start[:, 0], stop[:, 0]
+    shape = (len(start) // BLOCK, BLOCK)
+    start, stop = start.view(shape), stop.view(shape)
+    real = (torch.arange(start.numel()) < T).view(shape)
+    far = torch.iinfo(torch.int32).max
     parts = (
-        torch.where(filled, start, 2**31 - 1).view(-1, BLOCK).amin(1),
-        stop.view(-1, BLOCK).amax(1),
-        torch.where(rows, start, 0).view(-1, BLOCK).amax(1),
-        torch.where(rows, stop, 2**31 - 1).view(-1, BLOCK).amin(1),
+        torch.where(stop > start, start, far).amin(1),
+        stop.amax(1),
+        torch.where(real, start, 0).amax(1),
+        torch.where(real, stop, far).amin(1),
     )
     return torch.stack(parts, 1).tolist()

@@ -119,7 +119,7 @@ def attention_stats(
         stats["dag_score"] = _share(rows["below"], rows["mass"])
     if "asymmetry" in want:
         pairs = pair_statistics(q, k, *masked, rows["lse"], backend)
-        stats["asymmetry"] = _asymmetry(*pairs.unbind(), stats["net_flow"])
+        stats["asymmetry"] = _asymmetry(*pairs.unbind(), rows["sum_sq"], stats["net_flow"])
     return AttentionStats(**{name: value for name, value in stats.items() if name in want})
 
 
@@ -240,10 +240,12 @@ def _wanted(want: str | Iterable[str]) -> set[str]:
 def _rows(q: Tensor, k: Tensor, logits: Logits, want: set[str], backend: Backend) -> dict[str, Tensor]:
     """The row statistics that want names, and those that the passes after this one need."""
     needed = want | {"lse"}
-    if want & {"dag_score"}:
+    if "dag_score" in want:
         needed |= {"below", "mass"}
     if want & {"received", "received_mean", "net_flow", "asymmetry"}:
         needed |= {"mass"}
+    if "asymmetry" in want:
+        needed |= {"sum_sq"}
     names = [name for name in ROWS if name in needed]
     packed = row_statistics(q, k, *logits, " ".join(names), backend)
     return dict(zip(names, packed.unbind(), strict=True))
@@ -288,6 +290,8 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(total == 0, 0, part.sum(-1, dtype=torch.float64) / total).to(part.dtype)
 
 
-def _asymmetry(difference_sq: Tensor, sum_sq: Tensor, l1: Tensor, largest: Tensor, net_flow: Tensor) -> Asymmetry:
-    ratio = torch.where(sum_sq == 0, 0, difference_sq / sum_sq).sqrt()
+def _asymmetry(difference_sq: Tensor, l1: Tensor, largest: Tensor, sum_sq: Tensor, net_flow: Tensor) -> Asymmetry:
+    # ‖A + Aᵀ‖² = 4 Σ A² − ‖A − Aᵀ‖² cannot cancel: A ≥ 0, so ‖A − Aᵀ‖² is at most half of 4 Σ A²
+    total = 4 * sum_sq.sum(-1, dtype=torch.float64) - difference_sq
+    ratio = torch.where(total > 0, difference_sq / total, total).sqrt().to(difference_sq.dtype)
     return Asymmetry(difference_sq.sqrt(), ratio, l1, largest, net_flow)

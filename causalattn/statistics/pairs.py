@@ -8,7 +8,7 @@ from .._checks import Logits
 from .._tiles import BLOCK, Head, heads
 from .received import lse_pivot
 
-PAIRS = ("difference_sq", "sum_sq", "l1", "max")
+PAIRS = ("difference_sq", "l1", "max")
 
 
 @torch.library.custom_op("causalattn::pair_statistics", mutates_args=())
@@ -23,7 +23,7 @@ def pair_statistics(
     lse: Tensor,
     backend: str,
 ) -> Tensor:
-    """Σ(A_ij − A_ji)², Σ(A_ij + A_ji)², Σ|A_ij − A_ji| and max|A_ij − A_ji|: [4, B, H]."""
+    """Σ(A_ij − A_ji)², Σ|A_ij − A_ji| and max|A_ij − A_ji|: [3, B, H]."""
     if use_triton(backend, q):
         from ..kernels.statistics.pairs import pair_statistics_fwd
 
@@ -40,25 +40,26 @@ def _pair_statistics_torch(q: Tensor, k: Tensor, logits: Logits, lse: Tensor) ->
     result = q.new_empty(len(PAIRS), *q.shape[:2], dtype=accumulator(q))
     for head in heads(q, k, logits):
         pivot = lse_pivot(lse[head.b, head.h], head.q.shape[0])
-        sums = torch.zeros(3, dtype=torch.float64, device=q.device)
-        largest = q.new_zeros((), dtype=result.dtype)
+        sums = torch.zeros(2, dtype=torch.float64, device=q.device)
+        largest = torch.zeros((), dtype=result.dtype, device=q.device)
         for m in head.row_blocks():
             for n in range(m, head.T, BLOCK):
-                parts, peak = _tile_pair(head, pivot, m, n)
-                sums += parts * (1 if m == n else 2)
-                largest = torch.maximum(largest, peak)
-        result[:3, head.b, head.h], result[3, head.b, head.h] = sums, largest
+                difference = _difference(head, pivot, m, n)
+                if difference is not None:
+                    parts = (torch.linalg.vector_norm(difference).square(), torch.linalg.vector_norm(difference, 1))
+                    sums += torch.stack(parts) * (1 if m == n else 2)
+                    largest = torch.maximum(largest, torch.linalg.vector_norm(difference, torch.inf))
+        result[:2, head.b, head.h], result[2, head.b, head.h] = sums, largest
     return result
 
 
-def _tile_pair(head: Head, pivot: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
-    """Σ(a − b)², Σ(a + b)², Σ|a − b| and max|a − b| of tile a = A[m:, n:] and its mirror b = A[n:, m:]ᵀ."""
-    a = head.scores(m, n).sub_(pivot[m : m + BLOCK]).exp2_().clone()
-    b = a.T if m == n else head.scores(n, m).sub_(pivot[n : n + BLOCK]).exp2_().T
-    difference = a - b
-    parts = (
-        torch.linalg.vector_norm(difference).square(),
-        torch.linalg.vector_norm(a + b).square(),
-        torch.linalg.vector_norm(difference, 1),
-    )
-    return torch.stack(parts).double(), difference.abs().max()
+def _difference(head: Head, pivot: Tensor, m: int, n: int) -> Tensor | None:
+    """A[m:, n:] less its mirror A[n:, m:]ᵀ, up to sign; None where the mask forbids both."""
+    if not head.reached(m, n):
+        return _mirror(head, pivot, m, n) if head.reached(n, m) else None
+    a = head.scores(m, n).sub_(pivot[m : m + BLOCK]).exp2_()
+    return a.sub_(_mirror(head, pivot, m, n)) if head.reached(n, m) else a
+
+
+def _mirror(head: Head, pivot: Tensor, m: int, n: int) -> Tensor:
+    return head.scores(n, m, transposed=True).sub_(pivot[n : n + BLOCK].T).exp2_()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .._checks import Logits
-from .._tiles import BLOCK, FLOOR, LOG2E, heads, padded
+from .._tiles import BLOCK, LOG2E, heads
 
 
 @torch.library.custom_op("causalattn::received", mutates_args=())

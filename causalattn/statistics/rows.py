@@ -81,7 +81,7 @@ def _normalized(head: Head, m_i: Tensor, sums: dict[str, Tensor]) -> dict[str, T
 
 
 def _tile_sums(x: Tensor, position: int, n: int, want: list[str]) -> dict[str, Tensor]:
-    """Row sums of exp2(x), x a tile of scores less the row maximum; its first row sits at position, its first key at n."""
+    """Row sums of exp2(x) over a tile of scores less the row maximum, whose corner is (position, n)."""
     p = torch.exp2(x)
     tile = {"mass": p.sum(1)}
     if "entropy" in want:

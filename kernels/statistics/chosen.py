@@ -39,7 +39,7 @@ def _chosen_probs_kernel(
     q = load_rows(q_ptr + pid_b * stride_qb + pid_h * stride_qh, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
     lse = tl.load(lse_ptr + pid_b * stride_lb + pid_h * stride_lh + rows * stride_lt, mask=mask_m, other=0.0)
     k_ptr += pid_b * stride_kb + pid_h // GROUP * stride_kh
-    for c in range(0, N):
+    for c in range(N):
         j = tl.load(chosen_ptr + pid_b * stride_cb + rows * stride_ct + c * stride_cn, mask=mask_m, other=0)
         seen = (j >= start) & (j < stop)
         j = tl.where(seen, j, 0)

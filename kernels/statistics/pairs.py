@@ -1,9 +1,9 @@
 """How far the attention map is from its transpose, lse known: each tile met together with its mirror.
 
-    Σ(A_ij − A_ji)², Σ(A_ij + A_ji)², Σ|A_ij − A_ji|, max|A_ij − A_ji|
+    Σ(A_ij − A_ji)², Σ|A_ij − A_ji|, max|A_ij − A_ji|
 
 Shapes: q [B, H, T, D], k [B, H_kv, T, D], start and stop [B or 1, T] int32, bias [B, H, T, T], lse [B, H, T];
-partial [4, B, H, blocks] float64, one a block of rows, then [4, B, H] float32.
+partial [3, B, H, blocks] float64, one a block of rows, then [3, B, H] float32.
 Precision: float32 scores in base 2 and differences formed from them, never Q − X; float64 across tiles; one order.
 Cost: 2·D flops and one exp2 an entry of A; tiles that neither side may attend are skipped.
 """
@@ -86,7 +86,7 @@ def _pair_statistics_kernel(
     q_m = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
     k_m = load_rows(k_ptr, offs_m, T, stride_ks, stride_kd, D, BLOCK_D)
 
-    difference_sq, sum_sq, l1 = tl.zeros([], tl.float64), tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+    difference_sq, l1 = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
     largest = tl.zeros([], tl.float32)
     for n in range(first, T, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
@@ -104,15 +104,13 @@ def _pair_statistics_kernel(
             d = tl.abs(a - b)
             twice = tl.where(n == first, 1.0, 2.0)
             difference_sq += tl.sum(tl.sum(d * d, 1)) * twice
-            sum_sq += tl.sum(tl.sum((a + b) * (a + b), 1)) * twice
             l1 += tl.sum(tl.sum(d, 1)) * twice
             largest = tl.maximum(largest, tl.max(tl.max(d, 1)))
 
     partial_ptr += pid_bh * blocks + pid_m
     tl.store(partial_ptr, difference_sq)
-    tl.store(partial_ptr + stride_pn, sum_sq)
-    tl.store(partial_ptr + 2 * stride_pn, l1)
-    tl.store(partial_ptr + 3 * stride_pn, largest.to(tl.float64))
+    tl.store(partial_ptr + stride_pn, l1)
+    tl.store(partial_ptr + 2 * stride_pn, largest.to(tl.float64))
 
 
 def pair_statistics_fwd(
@@ -127,10 +125,10 @@ def pair_statistics_fwd(
 ) -> torch.Tensor:
     B, H, T, D = q.shape
     if T == 0 or B == 0:
-        return torch.zeros(4, B, H, dtype=torch.float32, device=q.device)
+        return torch.zeros(3, B, H, dtype=torch.float32, device=q.device)
     tiles = launch(D, q.element_size(), architecture(q))
     blocks = triton.cdiv(T, tiles.BLOCK_M)
-    partial = torch.empty(4, B, H, blocks, dtype=torch.float64, device=q.device)
+    partial = torch.empty(3, B, H, blocks, dtype=torch.float64, device=q.device)
     _pair_statistics_kernel[(blocks * B * H,)](
         q, k, start, stop, bias, lse, partial,
         *q.stride(), *k.stride(), start.stride(0) if start.shape[0] > 1 else 0,
@@ -138,4 +136,4 @@ def pair_statistics_fwd(
         H, H // k.shape[1], T, scale, softcap or None,
         D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), **tiles._asdict(), enable_fp_fusion=True,
     )
-    return torch.cat([partial[:3].sum(-1), partial[3:].amax(-1)]).float()
+    return torch.cat([partial[:2].sum(-1), partial[2:].amax(-1)]).float()

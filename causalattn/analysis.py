@@ -1,0 +1,316 @@
+"""What the attention heads of a transformers model do on one input, every score beside its null."""
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .integrations.transformers.attention import AttentionCall, recorder
+from .integrations.transformers.families import self_attention, using
+from .masks import Intervals
+from .nulls import Null, null_from_stats
+from .statistics import DEFAULT, AttentionStats, attention_stats, score_asymmetry
+
+WANT = (*DEFAULT, "received", "received_mean", "asymmetry")
+SCORED = ("mass", "sum_sq", "below", "dag_score")
+
+Visit = Callable[[int, AttentionCall, int], AttentionStats | None]
+
+
+class HeadScores(NamedTuple):
+    """The scores of one layer's heads, each [B, H]; None where not asked for, and where a mask with holes has no null.
+
+    causal: no query attends a later key, so dag_score is 1 − mean(diag A) whatever the model learnt.
+    sink_removed: the DAG score with each row's first real key masked.
+    unmasked: the DAG score of the same q and k with the causal mask taken away; None for a bidirectional layer.
+    """
+
+    causal: bool
+    dag_score: Null | None
+    sink_removed: Null | None
+    unmasked: Null | None
+    unmasked_asymmetry: Tensor | None
+    score_asymmetry: Tensor | None
+
+
+class Report(NamedTuple):
+    """Statistics of the chosen layers and heads of one forward pass, on the CPU.
+
+    layers: one AttentionStats a layer, [B, heads, …]; layer_ids and head_ids: their numbers in the model.
+    tokens: one list of strings a sequence. intervals: who may attend whom, a layer.
+    """
+
+    layers: list[AttentionStats]
+    layer_ids: list[int]
+    head_ids: list[list[int]]
+    tokens: list[list[str]]
+    scores: list[HeadScores]
+    intervals: list[Intervals]
+
+    def rows(self, top: int = 3) -> list[dict]:
+        """One dict a layer, sequence and head; top is how many of the most received tokens each names."""
+        return [
+            _row(self, at, sequence, head, top)
+            for at, heads in enumerate(self.head_ids)
+            for sequence in range(self.intervals[at].start.shape[0])
+            for head in range(len(heads))
+        ]
+
+    def to_json(self, top: int = 3) -> str:
+        """The tokens and rows as JSON; a number that is not finite becomes null."""
+        return json.dumps({"tokens": self.tokens, "rows": self.rows(top)}, ensure_ascii=False, allow_nan=False)
+
+
+def analyze(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    want: str | Iterable[str] = WANT,
+    layers: Iterable[int] | None = None,
+    heads: Iterable[int] | None = None,
+    null: bool = True,
+    tokens: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Run one forward pass and report what each attention head did, in O(T) memory a layer.
+
+    The model's outputs are not changed; its attention implementation and training flags are put back, also on an error.
+
+    Args:
+        model: a transformers model; its self-attention layers are analyzed.
+        inputs: what the model's forward takes, as a tokenizer returns it with return_tensors="pt".
+        want: names of AttentionStats fields to keep, or "all".
+        layers: layer numbers; all by default.
+        heads: head numbers, the same in every layer; all by default.
+        null: also score each head against its permutation null, without the sink and, if causal, without the mask.
+        tokens: the input's tokens as strings, one list or one a sequence; by default its input ids, else positions.
+        progress: called as progress(done, total) after each layer.
+
+    Returns:
+        Report.
+
+    Raises:
+        NotImplementedError: the model's family cannot be switched over, or it calls one attention module twice.
+        TypeError: model is no transformers model, or inputs is no mapping.
+        ValueError: an unknown want, layer or head; tokens that do not fit the input.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> small = BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8)
+        >>> report = analyze(BertModel(small), {"input_ids": torch.tensor([[5, 6, 7]])})
+        >>> [row["head"] for row in report.rows()]
+        [0, 1]
+    """
+    if isinstance(want, str):
+        want = AttentionStats._fields if want == "all" else (want,)
+    kept = set(want)
+    texts = _tokens(inputs, tokens)
+    heads = None if heads is None else list(heads)
+    found: dict[int, tuple] = {}
+
+    def score(layer: int, call: AttentionCall, total: int) -> AttentionStats:
+        numbers = list(range(call.q.shape[1])) if heads is None else heads
+        call = _pick(call, numbers)
+        stats = attention_stats(call.q, call.k, want=kept | {*SCORED, "columns"}, **call.options())
+        scores = _score(call, stats, null, "asymmetry" in kept)
+        stats = stats._replace(**{name: None for name in stats._fields if name not in kept})
+        found[layer] = (*_to_cpu((stats, scores, _per_sequence(call))), numbers)
+        if progress is not None:
+            progress(len(found), total)
+        return stats
+
+    _forward(model, inputs, layers, score)
+    ids = sorted(found)
+    stats, scores, intervals, numbers = ([found[i][part] for i in ids] for part in range(4))
+    if texts is None:
+        sequences, T = intervals[0].start.shape
+        texts = [[str(position) for position in range(T)]] * sequences
+    return Report(stats, ids, numbers, texts, scores, intervals)
+
+
+def capture(
+    model: nn.Module, inputs: Mapping[str, Tensor], layers: Iterable[int] | None = None
+) -> dict[int, AttentionCall]:
+    """Run one forward pass and return what the attention of the chosen layers was computed from, O(T·D) each.
+
+    Args:
+        model, inputs, layers: as in analyze.
+
+    Returns:
+        {layer number: AttentionCall}; operator(call.q, call.k, **call.options()) repeats the layer's scores.
+
+    Raises:
+        As analyze.
+    """
+    found: dict[int, AttentionCall] = {}
+
+    def keep(layer: int, call: AttentionCall, total: int) -> None:
+        found[layer] = call
+
+    _forward(model, inputs, layers, keep)
+    return dict(sorted(found.items()))
+
+
+def _forward(model: nn.Module, inputs: Mapping, layers: Iterable[int] | None, visit: Visit) -> None:
+    """Call visit(layer, call, how many layers there will be) in each chosen layer of one forward pass."""
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must map names to tensors, as a tokenizer returns them, got {type(inputs).__name__}")
+    numbers = self_attention(model)
+    chosen = set(numbers) if layers is None else set(layers)
+    if not chosen <= set(numbers):
+        raise ValueError(f"layers must be among {sorted(numbers)}, got {sorted(chosen - set(numbers))}")
+    modules = {model.get_submodule(name): layer for layer, name in numbers.items() if layer in chosen}
+    seen = set()
+
+    def record(module: nn.Module, call: AttentionCall) -> AttentionStats | None:
+        layer = modules.get(module)
+        if layer is None:
+            return None
+        if layer in seen:
+            raise NotImplementedError(f"{model.config.model_type} calls {numbers[layer]} more than once a forward pass")
+        seen.add(layer)
+        return visit(layer, call, len(modules))
+
+    with using(model), torch.no_grad(), _recording(record):
+        model(**_cheapest(model, inputs))
+
+
+@contextmanager
+def _recording(record):
+    token = recorder.set(record)
+    try:
+        yield
+    finally:
+        recorder.reset(token)
+
+
+def _cheapest(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict:
+    """The inputs, without a cache and without logits for every token: neither changes what attention sees."""
+    takes = inspect.signature(model.forward).parameters
+    extra = {"use_cache": False}
+    if "labels" not in inputs:
+        extra["logits_to_keep"] = 1
+    return {**{name: value for name, value in extra.items() if name in takes}, **inputs}
+
+
+def _pick(call: AttentionCall, heads: list[int]) -> AttentionCall:
+    H = call.q.shape[1]
+    if not heads or len(set(heads)) < len(heads) or not all(0 <= head < H for head in heads):
+        raise ValueError(f"heads must be different numbers from 0 to {H - 1}, got {heads}")
+    if heads == list(range(H)):
+        return call
+    index = torch.tensor(heads, device=call.q.device)
+    groups = H // call.k.shape[1]
+    return call._replace(
+        q=call.q[:, index],
+        k=call.k[:, index // groups],
+        v=call.v[:, index // groups],
+        bias=call.bias if call.bias is None or call.bias.shape[1] == 1 else call.bias[:, index],
+        sink=None if call.sink is None else call.sink[index],
+    )
+
+
+def _score(call: AttentionCall, stats: AttentionStats, null: bool, asymmetry: bool) -> HeadScores:
+    start, stop, _, offset = call.intervals
+    S, T = call.k.shape[2], call.q.shape[2]
+    causal = bool((stop <= offset + torch.arange(1, T + 1, device=stop.device)).all())
+    exact = null and (call.bias is None or not bool(call.bias.isneginf().any()))
+
+    def against_null(intervals: Intervals, *want: str) -> tuple[Null, AttentionStats]:
+        options = call.options() | {"mask": intervals}
+        stats = attention_stats(call.q, call.k, want=(*SCORED, *want), columns=(), **options)
+        return null_from_stats(stats, intervals, S, "dag_score"), stats
+
+    unmasked = unmasked_asymmetry = None
+    if causal and exact:
+        unmasked, whole = against_null(_whole(call), *["asymmetry"] * (asymmetry and T == S))
+        unmasked_asymmetry = whole.asymmetry and whole.asymmetry.ratio
+    scores = None
+    if T == S:
+        # a zeroed query and key leave no trace in a padded token's row and column
+        real = (stop > start)[:, None, :, None]
+        scores = score_asymmetry(call.q * real, call.k * real)
+    return HeadScores(
+        causal,
+        null_from_stats(stats, call.intervals, S, "dag_score") if exact else None,
+        against_null(call.intervals.without_first())[0] if exact else None,
+        unmasked,
+        unmasked_asymmetry,
+        scores,
+    )
+
+
+def _whole(call: AttentionCall) -> Intervals:
+    """Every real query of a sequence attends all of its real keys."""
+    start, stop, first, offset = call.intervals
+    padded = stop <= start
+    return Intervals(first.clamp(min=0).masked_fill(padded, 0), call.last.masked_fill(padded, 0), first, offset)
+
+
+def _per_sequence(call: AttentionCall) -> Intervals:
+    return Intervals(*(x.expand(call.q.shape[0], -1) for x in call.intervals[:3]), call.intervals.offset)
+
+
+def _to_cpu(value):
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, tuple):
+        moved = map(_to_cpu, value)
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value
+
+
+def _tokens(inputs: Mapping[str, Tensor], tokens) -> list[list[str]] | None:
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if tokens is None:
+        return None if ids is None else [[str(i) for i in sequence] for sequence in ids.tolist()]
+    texts = [list(tokens)] if not tokens or isinstance(tokens[0], str) else [list(sequence) for sequence in tokens]
+    if ids is not None and [len(text) for text in texts] != [ids.shape[1]] * ids.shape[0]:
+        raise ValueError(f"tokens must hold {list(ids.shape)} strings, got lengths {[len(text) for text in texts]}")
+    return texts
+
+
+def _row(report: Report, at: int, sequence: int, head: int, top: int) -> dict:
+    stats, scores, intervals = report.layers[at], report.scores[at], report.intervals[at]
+    filled = intervals.stop[sequence] > intervals.start[sequence]
+
+    def of(value: Tensor | None) -> float | None:
+        number = None if value is None else value[sequence, head].item()
+        return number if number is not None and math.isfinite(number) else None
+
+    def mean(value: Tensor | None) -> float | None:
+        return None if value is None else value[sequence, head][filled].double().mean().nan_to_num(0).item()
+
+    row = {"sequence": sequence, "layer": report.layer_ids[at], "head": report.head_ids[at][head]}
+    row |= {"causal": scores.causal, "dag_score": of(stats.dag_score)}
+    for name, null in (("", scores.dag_score), ("sink_removed", scores.sink_removed), ("unmasked", scores.unmasked)):
+        prefix = f"{name}_" if name else ""
+        if name:
+            row[name] = of(null and null.value)
+        row |= {f"{prefix}null": of(null and null.mean), f"{prefix}null_std": of(null and null.std)}
+        row |= {f"{prefix}lift": of(null and null.lift), f"{prefix}z": of(null and null.z)}
+    row["sink_mass"] = mean(None if stats.columns is None else stats.columns[..., 0])
+    row["asymmetry"] = of(stats.asymmetry and stats.asymmetry.ratio)
+    row["unmasked_asymmetry"] = of(scores.unmasked_asymmetry)
+    row["score_asymmetry"] = of(scores.score_asymmetry)
+    row["entropy"] = mean(stats.entropy)
+    row["received"] = _received(stats.received_mean, report.tokens, sequence, head, top)
+    return row
+
+
+def _received(received: Tensor | None, tokens: list[list[str]], sequence: int, head: int, top: int) -> list[dict]:
+    """The keys with the largest mean attention received, ties to the earlier; padding is never among them."""
+    if received is None:
+        return []
+    values, keys = received[sequence, head].sort(descending=True, stable=True)
+    text = tokens[sequence] if len(tokens[sequence]) == len(keys) else None
+    return [
+        {"index": j, "token": None if text is None else text[j], "mean": value}
+        for value, j in zip(values[:top].tolist(), keys[:top].tolist(), strict=True)
+        if value > 0
+    ]

@@ -1,0 +1,1 @@
+"""Adapters to outside projects: one module each, and nothing happens at import."""

@@ -1,0 +1,430 @@
+"""Figures of an analysis: attention in a window, the outer product behind one edge, scores with nulls, edges above null.
+
+Everything drawn is at most 128 × 128 cells. A window of A is exp(S − lse) with the lse of each whole row, so its values
+are those of the full map. Figures are built by matplotlib's object interface, without pyplot or any global state.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from .analysis import Report
+from .integrations.transformers.attention import AttentionCall
+from .masks import Intervals
+from .statistics import attention_stats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WINDOW = 128
+EDGES = 200
+CELLS_WITH_VALUES = 20
+BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8A8F98", "#22262B"
+ATTENTION, DIVERGING = "Blues", "RdBu_r"
+SPECIAL = {"Ġ": " ", "▁": " ", "Ċ": "⏎", "ĉ": "⇥"}
+
+
+class Drawing(NamedTuple):
+    """A figure, its file name without suffix, and the sentence to print beneath it."""
+
+    name: str
+    figure: "Figure"
+    caption: str
+
+    def png(self) -> bytes:
+        """The figure as PNG, 150 dots an inch."""
+        buffer = io.BytesIO()
+        with warnings.catch_warnings():
+            # a token in a script that the font lacks is drawn as a box
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            self.figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def prettify(token: str) -> str:
+    """A token as one reads it: without the word marks of byte-pair and sentence-piece vocabularies."""
+    for mark, text in SPECIAL.items():
+        token = token.replace(mark, text)
+    return token.strip(" ") or "␣"
+
+
+def strength(row: dict) -> float:
+    """How far a head is from its null: |z| without the sink, in a causal layer |z| of the unmasked scores; 0 unknown."""
+    z = row["unmasked_z"] if row["causal"] else row["sink_removed_z"]
+    return 0.0 if z is None else abs(z)
+
+
+def strongest_heads(report: Report, n: int = 5, sequence: int = 0) -> list[tuple[int, int]]:
+    """The (layer, head) numbers of the n heads furthest from their null, the furthest first."""
+    rows = [row for row in report.rows(top=0) if row["sequence"] == sequence]
+    return [(row["layer"], row["head"]) for row in sorted(rows, key=strength, reverse=True)[:n]]
+
+
+def choose_window(report: Report, *, size: int = WINDOW, sequence: int = 0) -> range:
+    """The run of at most size tokens whose keys the strongest heads attend most above uniform, weighted by |z|."""
+    intervals = report.intervals[0]
+    filled = (intervals.stop[sequence] > intervals.start[sequence]).nonzero().flatten().tolist()
+    low, high = (filled[0], filled[-1] + 1) if filled else (0, intervals.stop.shape[1])
+    if high - low <= size:
+        return range(low, high)
+    rows = {(row["layer"], row["head"]): strength(row) for row in report.rows(top=0) if row["sequence"] == sequence}
+    act = torch.zeros(high - low, dtype=torch.float64)
+    for layer, head in strongest_heads(report, sequence=sequence):
+        at = report.layer_ids.index(layer)
+        stats, intervals = report.layers[at], report.intervals[at]
+        received = stats.received[sequence, report.head_ids[at].index(head)].double()
+        lift = (received - _uniform_received(intervals, sequence, len(received))).clamp(min=0)
+        lift[intervals.first[sequence].unique().long()] = 0  # every window would follow the sink
+        act += max(rows[layer, head], 1e-9) * lift[low:high]
+    total = torch.cat([act.new_zeros(1), act.cumsum(0)])
+    start = low + int((total[size:] - total[:-size]).argmax())
+    return range(start, start + size)
+
+
+def _uniform_received(intervals: Intervals, sequence: int, S: int) -> torch.Tensor:
+    """[S]: the column mass if every row spread its weight evenly over the keys it may attend."""
+    start, stop = intervals.start[sequence].long(), intervals.stop[sequence].long()
+    share = torch.where(stop > start, 1 / (stop - start).clamp(min=1).double(), 0)
+    edges = torch.zeros(S + 1, dtype=torch.float64)
+    return edges.index_add_(0, start, share).index_add_(0, stop, -share).cumsum(0)[:-1]
+
+
+def window_probs(call: AttentionCall, window: range, *, sequence: int = 0) -> np.ndarray:
+    """A[h, i, j] for queries and keys in the window, exactly as in the full map: exp(S_ij − lse_i), [H, W, W] float32.
+
+    Args:
+        call: from `capture`, with T = S.
+        window: consecutive positions.
+        sequence: which of the batch.
+    """
+    W = slice(window.start, window.stop)
+    one = slice(sequence, sequence + 1)
+    start, stop, first = (x.expand(call.q.shape[0], -1)[one, W] for x in call.intervals[:3])
+    rows = Intervals(start, stop, first, call.intervals.offset + window.start)
+    q, k, bias = call.q[one, :, W], call.k[one], call.bias
+    if bias is not None:
+        bias = bias.expand(call.q.shape[0], -1, call.q.shape[2], k.shape[2])[one, :, W]
+    options = call.options() | {"mask": rows, "bias": bias}
+    lse = attention_stats(q, k, want="lse", **options).lse[0]
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    keys = k[0, :, W].repeat_interleave(q.shape[1] // k.shape[1], 0)
+    scores = q[0].double() @ keys.double().mT * scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if bias is not None:
+        scores = scores + bias[0, ..., W]
+    seen = rows.to_dense(k.shape[2])[0, :, W]
+    probs = torch.exp(scores - lse[..., None]).masked_fill(~seen, 0)
+    return probs.float().cpu().numpy()
+
+
+def offset_lift(A: np.ndarray) -> np.ndarray:
+    """A [W, W] less its mean at the same distance i − j: what an edge holds beyond its place."""
+    i, j = np.indices(A.shape)
+    offset = (i - j + len(A) - 1).ravel()
+    mean = np.bincount(offset, A.ravel()) / np.bincount(offset)
+    return A - mean[offset].reshape(A.shape)
+
+
+def edges_above_null(A: np.ndarray, limit: int = EDGES) -> list[tuple[int, int, float]]:
+    """(i, j, lift) of the edges i ≠ j that exceed their offset-matched mean most, the largest first."""
+    lift = offset_lift(A)
+    np.fill_diagonal(lift, 0)
+    order = np.argsort(-lift, axis=None, kind="stable")[: max(0, min(limit, EDGES))]
+    edges = zip(*np.unravel_index(order, lift.shape), strict=True)
+    return [(int(i), int(j), float(lift[i, j])) for i, j in edges if lift[i, j] > 1e-6]
+
+
+def draw_attention(A: np.ndarray, tokens: Sequence[str], *, title: str, first: int = 0) -> Drawing:
+    """The map A [W, W] and A − Aᵀ beside it; first is the position of the first token."""
+    W = len(tokens)
+    side = 4.6 if W <= CELLS_WITH_VALUES else 6.2
+    figure = _figure(2 * side + 1.2, side + 0.5, title)
+    left, right = figure.subplots(1, 2)
+    _heatmap(left, A, "A: row i attends key j", ATTENTION, 0, A.max() or 1)
+    bound = np.abs(A - A.T).max() or 1
+    _heatmap(right, A - A.T, "A − Aᵀ", DIVERGING, -bound, bound)
+    for axes in (left, right):
+        _token_ticks(axes, "x", tokens, first)
+        _token_ticks(axes, "y", tokens, first)
+        axes.set(xlabel="key j", ylabel="query i")
+    share = 1 - A.sum() / max(1, (A.sum(1) > 0).sum())
+    outside = f" {share:.0%} of these rows' mass lies on keys outside the window." if share > 0.005 else ""
+    caption = f"{title}. Right: red where i attends j more than j attends i, blue where less.{outside}"
+    return Drawing("attention", figure, caption)
+
+
+def draw_outer_product(
+    q: np.ndarray,
+    k: np.ndarray,
+    A: np.ndarray,
+    tokens: Sequence[str],
+    edge: tuple[int, int],
+    *,
+    scale: float,
+    head: str,
+) -> Drawing:
+    """The outer product q_i kᵀ_j of one edge, whose trace is q_i · k_j, and the posterior A it takes part in.
+
+    q, k: [D], of the edge (i, j) within the window that A [W, W] and tokens cover.
+    """
+    i, j = edge
+    row, key = prettify(tokens[i]), prettify(tokens[j])
+    figure = _figure(11.4, 5.2, f"{head}: the outer product behind one attention weight")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    outer = np.outer(q, k)
+    bound = np.abs(outer).max() or 1
+    _heatmap(left, outer, "", DIVERGING, -bound, bound)
+    left.plot([-0.5, len(k) - 0.5], [-0.5, len(q) - 0.5], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    trace = float(q @ k)
+    left.set_title(
+        f"q_i ⊗ k_j,  i = “{row}”,  j = “{key}”\ntrace = q·k = {trace:.3f};  × {scale:.4g} = {trace * scale:.3f}",
+        fontsize=10, parse_math=False,
+    )  # fmt: skip
+    left.set(xlabel="dimension of k_j", ylabel="dimension of q_i (dashed: the diagonal that the trace sums)")
+    if len(tokens) <= CELLS_WITH_VALUES:
+        _posterior_matrix(right, A, tokens, edge)
+    else:
+        _posterior_row(right, A[i], tokens, i, j)
+    caption = (
+        f"The score of an edge is the trace of a rank-one matrix, tr(q_i k_jᵀ) = q_i·k_j. Normalised over the keys it "
+        f"becomes A_ij = {A[i, j]:.3f}, the attention posterior of “{key}” for “{row}” in {head}."
+    )
+    return Drawing("outer-product", figure, caption)
+
+
+def draw_scores(report: Report, *, sequence: int = 0) -> Drawing:
+    """Every head's scores, each on the band mean ± 2 std of its permutation null; without the sink hollow."""
+    rows = [row for row in report.rows(top=0) if row["sequence"] == sequence]
+    causal = any(row["causal"] for row in rows)
+    heads = max(map(len, report.head_ids))
+    per_panel = max(1, 72 // heads)
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    chunks = [layers[n : n + per_panel] for n in range(0, len(layers), per_panel)]
+    kinds = ["unmasked", "masked"] if causal else ["masked"]
+    figure = _figure(12.5, 0.9 + 2.7 * len(chunks) * len(kinds), "DAG score of every head beside its permutation null")
+    panels = iter(figure.subplots(len(chunks) * len(kinds), 1, squeeze=False)[:, 0])
+    for kind in kinds:
+        for chunk in chunks:
+            _score_panel(axes := next(panels), [row for row in rows if row["layer"] in chunk], kind)
+            label = "mass below the diagonal" if not causal else f"{kind}: mass below the diagonal"
+            axes.set_ylabel(label, fontsize=8)
+    _score_legend(figure, causal)
+    note = " The masked score of a causal layer is 1 − mean A_ii whatever it learnt." if causal else ""
+    caption = (
+        f"A point inside its band says no more than chance (mean ± 2 standard deviations of row permutations).{note}"
+    )
+    return Drawing("scores", figure, caption)
+
+
+def draw_edges(A: np.ndarray, tokens: Sequence[str], *, head: str, limit: int | None = None, first: int = 0) -> Drawing:
+    """Attention edges above null: arcs over the tokens, above the line looking back, below it looking ahead."""
+    W = len(tokens)
+    edges = edges_above_null(A, min(EDGES, 2 * W) if limit is None else limit)
+    figure = _figure(12.5, 5.2, f"{head}: attention edges above null")
+    axes = figure.subplots()
+    top = edges[0][2] if edges else 1
+    for i, j, lift in reversed(edges):
+        _arc(axes, i, j, lift / top)
+    ends = {end for i, j, _ in edges for end in (i, j)}
+    axes.scatter(range(W), np.zeros(W), s=9, color=[INK if n in ends else "#C9CDD3" for n in range(W)], zorder=3)
+    reach = max((abs(i - j) for i, j, _ in edges), default=1) / 2
+    heights = [any(i > j for i, j, _ in edges), any(i < j for i, j, _ in edges)]
+    axes.set(xlim=(-1, W), ylim=(-1.08 * reach * heights[1] - 0.15, 1.08 * reach * heights[0] + 0.15), yticks=[])
+    _token_ticks(axes, "x", tokens, first)
+    for name in ("top", "left", "right"):
+        axes.spines[name].set_visible(False)
+    axes.text(0.003, 0.97, "query to the right: looks back", color=BLUE, fontsize=8, transform=axes.transAxes, va="top")
+    if heights[1]:
+        axes.text(0.003, 0.03, "query to the left: looks ahead", color=ORANGE, fontsize=8, transform=axes.transAxes)
+    least = edges[-1][2] if edges else 0
+    caption = (
+        f"{len(edges)} attention edges above null in {head}: A_ij exceeds its mean at the same distance i − j by at least "
+        f"{least:.4f} (threshold), at most {edges[0][2] if edges else 0:.4f}. Width is the lift. Not a causal graph."
+    )
+    axes.set_xlabel(caption, fontsize=8, wrap=True)
+    return Drawing("edges", figure, caption)
+
+
+def draw_grid(report: Report, *, sequence: int = 0) -> Drawing:
+    """z of every head, layer × head: the DAG score against its null, and the same without the sink."""
+    rows = [row for row in report.rows(top=0) if row["sequence"] == sequence]
+    causal = any(row["causal"] for row in rows)
+    columns = sorted({row["head"] for row in rows})
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    names = {
+        "unmasked_z" if causal else "z": "unmasked scores" if causal else "DAG score",
+        "sink_removed_z": "sink removed",
+    }
+    wide, high = 0.42 * len(columns) + 1.4, 0.36 * len(layers) + 1.5
+    figure = _figure(
+        min(16, max(9, 2 * wide)), min(16, max(3.2, high)), "z of the DAG score against its permutation null"
+    )
+    grids = {name: np.full((len(layers), len(columns)), np.nan) for name in names}
+    for row in rows:
+        for name, grid in grids.items():
+            value = row["z"] if name == "unmasked_z" and not row["causal"] else row[name]
+            grid[layers.index(row["layer"]), columns.index(row["head"])] = np.nan if value is None else value
+    bound = max(4.0, max((float(np.nanmax(np.abs(g))) for g in grids.values() if np.isfinite(g).any()), default=4.0))
+    for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), names.items(), strict=True):
+        _z_heatmap(axes, grids[name], title, bound, layers, columns)
+    caption = (
+        "z = (score − null mean) / null standard deviation; |z| below 2 is chance. Red: more mass on earlier tokens."
+    )
+    return Drawing("z-grid", figure, caption)
+
+
+def draw_all(report: Report, calls: dict[int, AttentionCall], *, title: str = "", sequence: int = 0) -> list[Drawing]:
+    """Every figure of a report; calls, from `capture`, holds the last analyzed layer and the strongest head's."""
+    window = choose_window(report, sequence=sequence)
+    tokens = report.tokens[sequence][window.start : window.stop]
+    last = report.layer_ids[-1]
+    mean = window_probs(calls[last], window, sequence=sequence)[report.head_ids[-1]].mean(0)
+    layer, head = strongest_heads(report, 1, sequence)[0]
+    call, name = calls[layer], f"layer {layer}, head {head}"
+    A = window_probs(call, window, sequence=sequence)[head]
+    edges = edges_above_null(A, 1)
+    i, j = edges[0][:2] if edges else (len(tokens) - 1, 0)
+    q = call.q[sequence, head, window.start + i].float().cpu().numpy()
+    k = call.k[sequence, head * call.k.shape[1] // call.q.shape[1], window.start + j].float().cpu().numpy()
+    scale = len(q) ** -0.5 if call.scale is None else call.scale
+    where = "" if len(window) == len(report.tokens[sequence]) else f", tokens {window.start} to {window.stop - 1}"
+    heading = f"{title}layer {last}, mean over {len(report.head_ids[-1])} heads{where}"
+    return [
+        draw_attention(mean, tokens, title=heading, first=window.start),
+        draw_outer_product(q, k, A, tokens, (i, j), scale=scale, head=name),
+        draw_scores(report, sequence=sequence),
+        draw_edges(A, tokens, head=name, first=window.start),
+        draw_grid(report, sequence=sequence),
+    ]
+
+
+def _figure(width: float, height: float, title: str) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
+    return figure
+
+
+def _heatmap(axes: "Axes", values: np.ndarray, title: str, colours: str, low: float, high: float) -> None:
+    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+    axes.set_title(title, fontsize=10)
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+
+
+def _token_ticks(axes: "Axes", which: str, tokens: Sequence[str], first: int) -> None:
+    """Every token's label, or of many every n-th with its position."""
+    step = 1 if len(tokens) <= 40 else math.ceil(len(tokens) / 32)
+    at = range(0, len(tokens), step)
+    labels = [prettify(tokens[n])[:14] + (f"  {first + n}" if step > 1 else "") for n in at]
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_ticks(list(at), labels, fontsize=8 if len(at) <= 24 else 7, parse_math=False)
+    if which == "x":
+        for label in axis.get_ticklabels():
+            label.set(rotation=90 if len(at) > 16 else 45, ha="center" if len(at) > 16 else "right")
+            label.set_rotation_mode("default" if len(at) > 16 else "anchor")
+
+
+def _posterior_matrix(axes: "Axes", A: np.ndarray, tokens: Sequence[str], edge: tuple[int, int]) -> None:
+    from matplotlib.patches import Rectangle
+
+    top = A.max() or 1
+    _heatmap(axes, A, "posterior A_ij = exp(S_ij − lse_i)", ATTENTION, 0, top)
+    for i, j in np.argwhere(A > 0):
+        text = f"{A[i, j]:.2f}".lstrip("0") if A[i, j] < 0.995 else "1"
+        axes.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if A[i, j] > 0.6 * top else INK)
+    axes.add_patch(Rectangle((edge[1] - 0.5, edge[0] - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2))
+    _token_ticks(axes, "x", tokens, 0)
+    _token_ticks(axes, "y", tokens, 0)
+
+
+def _posterior_row(axes: "Axes", row: np.ndarray, tokens: Sequence[str], i: int, j: int, n: int = 15) -> None:
+    keys = np.argsort(-row, kind="stable")[:n]
+    places = range(len(keys))
+    axes.barh(places, row[keys], color=[ORANGE if key == j else BLUE for key in keys])
+    axes.set_yticks(
+        places, [f"{prettify(tokens[key])[:14]} ({key - i:+d})" for key in keys], fontsize=8, parse_math=False
+    )
+    for place, key in zip(places, keys, strict=True):
+        axes.text(row[key], place, f" {row[key]:.3f}", va="center", fontsize=7, color=INK)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.12 * row.max()), xlabel="A_ij")
+    axes.set_title(f"posterior of “{prettify(tokens[i])}”: its {len(keys)} largest keys", fontsize=10, parse_math=False)
+    for name in ("top", "right"):
+        axes.spines[name].set_visible(False)
+
+
+def _score_panel(axes: "Axes", rows: list[dict], kind: str) -> None:
+    if kind == "unmasked":
+        series = [("unmasked", "unmasked_null", "unmasked_null_std", 0.0, BLUE, BLUE)]
+    else:
+        series = [
+            ("dag_score", "null", "null_std", -0.17, BLUE, BLUE),
+            ("sink_removed", "sink_removed_null", "sink_removed_null_std", 0.17, ORANGE, "white"),
+        ]
+    x = np.arange(len(rows))
+    for score, null, std, shift, edge, face in series:
+        value, mean, spread = (np.array([row[name] for row in rows], dtype=float) for name in (score, null, std))
+        axes.bar(x + shift, 4 * spread, 0.3, mean - 2 * spread, color=edge, alpha=0.22, linewidth=0)
+        axes.hlines(mean, x + shift - 0.15, x + shift + 0.15, color=edge, linewidth=1)
+        axes.scatter(x + shift, value, s=16, facecolor=face, edgecolor=edge, linewidth=1, zorder=3)
+    starts = [n for n in x if n == 0 or rows[n]["layer"] != rows[n - 1]["layer"]]
+    for n, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+        axes.axvline(n - 0.5, color="#D5D8DD", linewidth=0.8, zorder=0)
+        axes.text((n + stop - 1) / 2, 1.02, f"layer {rows[n]['layer']}", transform=axes.get_xaxis_transform(),
+                  ha="center", fontsize=8, color=INK)  # fmt: skip
+    axes.set_xlim(-0.5, len(rows) - 0.5)
+    axes.set_xticks(x, [row["head"] for row in rows], fontsize=6)
+    axes.set_xlabel("head", fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
+    for name in ("top", "right"):
+        axes.spines[name].set_visible(False)
+
+
+def _score_legend(figure: "Figure", causal: bool) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    dot = {"linestyle": "", "marker": "o", "markersize": 5}
+    handles = [
+        Line2D([], [], **dot, color=BLUE, label="DAG score"),
+        Line2D([], [], **dot, markeredgecolor=ORANGE, markerfacecolor="white", label="sink removed"),
+        Patch(color=GREY, alpha=0.4, label="null mean ± 2 std, in the colour of its score"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+
+
+def _arc(axes: "Axes", i: int, j: int, weight: float) -> None:
+    from matplotlib.patches import Arc
+
+    back = i > j
+    axes.add_patch(
+        Arc(((i + j) / 2, 0), abs(i - j), abs(i - j), theta1=0 if back else 180, theta2=180 if back else 360,
+            color=BLUE if back else ORANGE, linewidth=0.3 + 2.7 * weight, alpha=0.25 + 0.7 * weight)
+    )  # fmt: skip
+
+
+def _z_heatmap(axes: "Axes", grid: np.ndarray, title: str, bound: float, layers: list[int], heads: list[int]) -> None:
+    from matplotlib.colors import SymLogNorm
+
+    image = axes.imshow(grid, cmap=DIVERGING, norm=SymLogNorm(2, vmin=-bound, vmax=bound), aspect="auto")
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="head", ylabel="layer")
+    axes.set_xticks(range(len(heads)), heads, fontsize=7)
+    axes.set_yticks(range(len(layers)), layers, fontsize=7)
+    if len(heads) <= 16 and len(layers) <= 24:
+        for i, j in np.argwhere(np.isfinite(grid)):
+            strong = abs(grid[i, j]) > bound / 3
+            axes.text(j, i, f"{grid[i, j]:.0f}", ha="center", va="center", fontsize=6, color="white" if strong else INK)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)

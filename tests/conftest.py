@@ -1,0 +1,67 @@
+"""Every test runs under the Triton interpreter where there is no GPU, and with NaN in whatever was left unwritten."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# before anything imports Triton: a kernel is bound to the interpreter where it is defined
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile("default", max_examples=10, deadline=None, derandomize=True)
+settings.register_profile("full", max_examples=100, deadline=None, derandomize=True)
+
+ALLOCATORS = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
+# beyond this a test wants address space, not memory
+LARGEST_FILLED = 2**26
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="full example counts, and the tests marked full")
+
+
+def pytest_configure(config):
+    settings.load_profile("full" if config.getoption("--full") else "default")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    long = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
+
+
+def unwritten(dtype):
+    """What no correct result holds: NaN, or for integers a value far below every index."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.nan
+    if dtype == torch.bool:
+        return True
+    return torch.iinfo(dtype).min // 2 if dtype.is_signed else torch.iinfo(dtype).max
+
+
+def hostile(allocate):
+    def fill(*args, **kwargs):
+        out = allocate(*args, **kwargs)
+        if out.numel() <= LARGEST_FILLED:
+            with torch.no_grad():
+                out.fill_(unwritten(out.dtype))
+        return out
+
+    return fill
+
+
+HOSTILE = [(owner, name, hostile(getattr(owner, name))) for owner, name in ALLOCATORS]
+
+# torch remembers on first use which functions build tensors: let it see the real ones
+with torch.device("cpu"):
+    torch.empty(0)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_unwritten_memory(monkeypatch):
+    for owner, name, fill in HOSTILE:
+        monkeypatch.setattr(owner, name, fill)
