@@ -34,7 +34,7 @@ gpu: JOBS = 8
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "make gpu needs a $(PYTHON) whose torch sees a CUDA device" >&2; exit 1; }
-	PYTHONPATH=. $(PYTHON) -m pytest -q -n $(JOBS)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) -m pytest -q -n $(JOBS)
 	PYTHONPATH=. $(PYTHON) -m pytest bench
 
 .venv/.stamp: setup.py pyproject.toml constraints.txt

@@ -1,13 +1,41 @@
 """Everything people compute from an attention matrix, computed from q and k without the matrix."""
 
-from . import masks
+from . import dense, integrations, masks
+from .analysis import HeadScores, Report, analyze, capture
 from .attention import AttentionOutput, attention
+from .integrations import transformers as _transformers  # noqa: F401  (ca.integrations.transformers.register())
 from .masks import Intervals, Mask, causal, chunked, full, intervals, packed, padding, prefix, sliding_window
-from .statistics import (
-    Asymmetry,
-    AttentionStats,
-    asymmetry,
-    attention_stats,
-    dag_score,
-    score_asymmetry,
-)
+from .nulls import Null, null_from_stats, permutation_null
+from .statistics import Asymmetry, AttentionStats, asymmetry, attention_stats, dag_score, score_asymmetry
+
+__version__ = "0.1.0"
+__all__ = [
+    "Asymmetry",
+    "AttentionOutput",
+    "AttentionStats",
+    "HeadScores",
+    "Intervals",
+    "Mask",
+    "Null",
+    "Report",
+    "analyze",
+    "asymmetry",
+    "attention",
+    "attention_stats",
+    "capture",
+    "causal",
+    "chunked",
+    "dag_score",
+    "dense",
+    "full",
+    "integrations",
+    "intervals",
+    "masks",
+    "null_from_stats",
+    "packed",
+    "padding",
+    "permutation_null",
+    "prefix",
+    "score_asymmetry",
+    "sliding_window",
+]

@@ -1,4 +1,4 @@
-"""The blocked torch path: masked base-2 scores of one head, tile by tile, every tile of one fixed shape."""
+"""The blocked torch path: masked scores of one head, tile by tile, every tile of one fixed shape."""
 
 from collections.abc import Iterator
 
@@ -11,13 +11,13 @@ from ._checks import Logits
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-BLOCK = 1024
+BLOCK = 512
 # finite stand-ins for −inf: a running maximum starts above every forbidden score, so no difference is ever NaN
-FLOOR, FORBIDDEN = -1e30, -2e30
+FLOOR, FORBIDDEN = -1e20, -1e33
 
 
 class Head:
-    """Scores of query head h of sequence b, in the accumulation dtype and in units of log 2.
+    """Scores of query head h of sequence b in the accumulation dtype; unit times a score is in units of log 2.
 
     Ragged tails are padded with zeros to the full tile, so a row's bits depend on nothing but its own sequence.
     """
@@ -26,9 +26,10 @@ class Head:
         self.logits, self.b, self.h = logits, b, h
         self.dtype = accumulator(q)
         self.T, self.S = q.shape[2], k.shape[2]
-        # log2e rides on q unless a softcap or a bias has to see natural units first
-        self.natural = logits.softcap > 0 or logits.bias is not None
-        self.q = padded(q[b, h].to(self.dtype) * (logits.scale * (1.0 if self.natural else LOG2E)), BLOCK)
+        # the unit is positive and joins where a maximum is subtracted, in one rounding; q keeps the sign, exactly
+        self.shaped = logits.softcap > 0 or logits.bias is not None
+        self.unit = LOG2E if self.shaped or logits.scale == 0 else abs(logits.scale) * LOG2E
+        self.q = padded(q[b, h].to(self.dtype) * (logits.scale > 0 or -(logits.scale < 0)), BLOCK)
         self.k = padded(k[b, h // (q.shape[1] // k.shape[1])].to(self.dtype), BLOCK)
         row = b if logits.start.shape[0] > 1 else 0
         self.start = padded(logits.start[row, :, None], BLOCK)  # [T rounded up, 1]
@@ -80,21 +81,25 @@ class Head:
         else:
             x = torch.mm(rows, keys.T, out=self._x)
         seen = self.seen(m, n)
-        if self.natural:
+        if self.shaped:
             self._shape(x.T if transposed else x, m, n)
         if seen is not None:
             x.masked_fill_(~(seen.T if transposed else seen), FORBIDDEN)
         return x
 
+    def exponents(self, x: Tensor, pivot: Tensor) -> Tensor:
+        """unit · x − pivot, in place; pivot broadcasts, in base 2."""
+        return torch.add(-pivot, x, alpha=self.unit, out=x)
+
     def _shape(self, x: Tensor, m: int, n: int) -> None:
         softcap, bias = self.logits.softcap, self.logits.bias
+        x.mul_(abs(self.logits.scale))
         if softcap > 0:
             x.div_(softcap).tanh_().mul_(softcap)
         if bias is not None:
             tile = bias[self.b, self.h, m : m + BLOCK, n : n + BLOCK]
             x[: tile.shape[0], : tile.shape[1]] += tile
             x.clamp_(min=FORBIDDEN)
-        x.mul_(LOG2E)
 
 
 def heads(q: Tensor, k: Tensor, logits: Logits) -> Iterator[Head]:

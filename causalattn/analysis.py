@@ -146,6 +146,13 @@ def capture(
 
     Raises:
         As analyze.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> small = BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8)
+        >>> calls = capture(BertModel(small), {"input_ids": torch.tensor([[5, 6, 7]])})
+        >>> attention_stats(calls[0].q, calls[0].k, **calls[0].options()).entropy.shape
+        torch.Size([1, 2, 3])
     """
     found: dict[int, AttentionCall] = {}
 
@@ -162,7 +169,7 @@ def _forward(model: nn.Module, inputs: Mapping, layers: Iterable[int] | None, vi
         raise TypeError(f"inputs must map names to tensors, as a tokenizer returns them, got {type(inputs).__name__}")
     numbers = self_attention(model)
     chosen = set(numbers) if layers is None else set(layers)
-    if not chosen <= set(numbers):
+    if not chosen or not chosen <= set(numbers):
         raise ValueError(f"layers must be among {sorted(numbers)}, got {sorted(chosen - set(numbers))}")
     modules = {model.get_submodule(name): layer for layer, name in numbers.items() if layer in chosen}
     seen = set()
@@ -172,7 +179,8 @@ def _forward(model: nn.Module, inputs: Mapping, layers: Iterable[int] | None, vi
         if layer is None:
             return None
         if layer in seen:
-            raise NotImplementedError(f"{model.config.model_type} calls {numbers[layer]} more than once a forward pass")
+            family = model.config.model_type
+            raise NotImplementedError(f"{family} attends in {numbers[layer]} more than once a forward pass")
         seen.add(layer)
         return visit(layer, call, len(modules))
 

@@ -122,32 +122,31 @@ def _attention_torch(
         for m in head.row_blocks():
             rows = slice(m, min(m + BLOCK, head.T))
             count = rows.stop - m
-            out_m, lse_m = _attend(head, values, m)
+            out_m, lse_m, pivot, unit = _attend(head, values, m)
             out[b, h, rows], lse[b, h, rows] = out_m[:count], lse_m[:count] * LN2
             if return_probs:
                 probs[b, h, rows] = 0
                 for n in head.key_blocks(m):
-                    # an empty row's lse is −inf; its scores are FORBIDDEN, so any finite pivot gives 0
-                    p = (head.scores(m, n) - lse_m.clamp(min=FLOOR)[:, None].to(head.dtype)).exp2_()
+                    p = head.exponents(head.scores(m, n), pivot).exp2_().mul_(unit)
                     probs[b, h, rows, n : n + BLOCK] = p[:count, : head.S - n]
     return out, lse, probs
 
 
-def _attend(head: Head, values: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Online softmax over the keys of one block of rows: out [BLOCK, V] and lse [BLOCK] in base 2."""
+def _attend(head: Head, values: Tensor, m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Online softmax over the keys of one block of rows: out, lse, and with them A = exp2(x − pivot)·unit; base 2."""
     m_i = values.new_full((BLOCK, 1), FLOOR)
     l_i = torch.zeros(BLOCK, 1, dtype=torch.float64, device=values.device)
     acc = values.new_zeros(BLOCK, values.shape[1])
     for n in head.key_blocks(m):
         x = head.scores(m, n)
-        m_new = torch.maximum(m_i, x.amax(1, keepdim=True))
-        p = x.sub_(m_new).exp2_()
+        m_new = torch.maximum(m_i, x.amax(1, keepdim=True).mul_(head.unit))
+        p = head.exponents(x, m_new).exp2_()
         alpha = torch.exp2(m_i - m_new)
         l_i.mul_(alpha).add_(p.sum(1, keepdim=True))
         acc.mul_(alpha).addmm_(p, _reached(values[n : n + BLOCK], head.seen(m, n)))
         m_i = m_new
     lse, unit = head.normalizer(m_i, l_i)
-    return acc.mul_(unit), lse[:, 0]
+    return acc.mul_(unit), lse[:, 0], m_i, unit.to(acc.dtype)
 
 
 def _reached(values: Tensor, seen: Tensor | None) -> Tensor:

@@ -164,7 +164,7 @@ def intervals(start: Tensor, stop: Tensor, first: Tensor | None = None) -> Mask:
                 f"{name} must be integers of shape [T] or [B, T], alike in start, stop and first, "
                 f"got {list(bound.shape)} {bound.dtype}"
             )
-    return Mask((_Explicit(*(bound.reshape(-1, start.shape[-1]) for bound in (start, stop, first))),))
+    return Mask((_Explicit(*(bound if bound.ndim == 2 else bound[None] for bound in (start, stop, first))),))
 
 
 class _Rule(Protocol):

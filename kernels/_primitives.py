@@ -79,8 +79,10 @@ def tanh(x):
 def base2_scores(dots, scale, softcap):
     """scale · dots, capped if softcap is given, in units of log 2."""
     if softcap is None:
-        return dots * (scale * LOG2E)
-    return tanh(dots * (scale / softcap)) * (softcap * LOG2E)
+        x = dots * (scale * LOG2E)
+    else:
+        x = tanh(dots * (scale / softcap)) * (softcap * LOG2E)
+    return x
 
 
 @triton.jit

@@ -32,11 +32,13 @@ from ._primitives import (
 
 def launch(D: int, itemsize: int, arch: int) -> Launch:
     """Tiles by the larger of D and V and by dtype; arch is `architecture`'s."""
+    if arch == 0:
+        return Launch(32, 32, 4, 1) if itemsize == 4 and D > 64 else Launch(64, 32, 4, 1)
     if itemsize == 4:
-        return Launch(32, 32, 4, 1) if D > 64 else Launch(64, 32, 4, 1)
+        return Launch(16, 16, 4, 1) if D > 128 else Launch(32, 16, 4, 1)
     if D > 128:
-        return Launch(64, 32, 4, 1)
-    return Launch(64, 32, 4, 1) if arch == 0 else Launch(128, 64, 8, 2)
+        return Launch(64, 32, 8, 1)
+    return Launch(128, 64, 8, 2) if D <= 64 and arch in (90, 100) else Launch(128, 32, 8, 2)
 
 
 @triton.jit
@@ -90,7 +92,8 @@ def _attention_fwd_kernel(
     start, stop = load_intervals(start_ptr + pid_b * stride_ib, stop_ptr + pid_b * stride_ib, offs_m, T)
     low, high, inner_low, inner_high = interval_bounds(start, stop, mask_m)
     low = low // BLOCK_N * BLOCK_N
-    q = load_rows(q_ptr + pid_b * stride_qb + pid_h * stride_qh, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
+    q_ptr += pid_b * stride_qb + pid_h * stride_qh
+    q = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
     k_ptr += pid_b * stride_kb + pid_h // GROUP * stride_kh
     v_ptr += pid_b * stride_vb + pid_h // GROUP * stride_vh
     if bias_ptr is not None:
@@ -121,6 +124,9 @@ def _attention_fwd_kernel(
 
     if probs_ptr is not None:
         for n in range(0, S, BLOCK_N):
+            if q.dtype == tl.float32:
+                # kept across this loop, q would fill the registers: without tensor cores they hold a product's operands
+                q = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
             x = _scores(q, k_ptr, bias_ptr, offs_m, n, start, stop, inner_low, inner_high, T, S,
                         stride_ks, stride_kd, stride_bt, stride_bs, scale, softcap, D, BLOCK_D, BLOCK_N)
             probs = (tl.exp2(x - m_i[:, None]) * unit[:, None]).to(probs_ptr.dtype.element_ty)

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_models import DEVICE, NO_DROPOUT, SMALL, exact, other_inputs, text_inputs, tiny, transformers
+import transformers
+from tiny_models import DEVICE, NO_DROPOUT, SMALL, exact, other_inputs, text_inputs, tiny
 
 from causalattn.analysis import analyze, capture
 from causalattn.integrations.transformers.attention import recorder
@@ -138,8 +139,8 @@ def test_received_tokens_are_named(case):
 
 def test_a_sequence_does_not_feel_its_batch_mates():
     model, inputs = exact("llama"), text_inputs("right")
-    together = analyze(model, inputs)
-    alone = analyze(model, {"input_ids": inputs["input_ids"][1:, :13]})
+    together = analyze(model, inputs, layers=[1])
+    alone = analyze(model, {"input_ids": inputs["input_ids"][1:, :13]}, layers=[1])
     of_second = [row for row in together.rows() if row["sequence"] == 1]
     for a, b in zip(of_second, alone.rows(), strict=True):
         assert a["dag_score"] == pytest.approx(b["dag_score"], rel=EPS) and a["z"] == pytest.approx(b["z"], rel=EPS)
@@ -234,7 +235,7 @@ def test_json_is_strict_and_holds_the_rows():
 
 def test_a_model_that_repeats_a_layer_is_refused():
     config = transformers.AlbertConfig(**SMALL, **NO_DROPOUT, embedding_size=16, max_position_embeddings=64)
-    with pytest.raises(NotImplementedError, match=r"albert calls .* more than once a forward pass"):
+    with pytest.raises(NotImplementedError, match=r"albert attends in .* more than once a forward pass"):
         analyze(transformers.AlbertModel(config), text_inputs())
 
 
@@ -252,6 +253,7 @@ def test_capture_returns_what_attention_was_computed_from():
     "arguments, error, text",
     [
         ({"layers": [0, 7]}, ValueError, r"layers must be among \[0, 1\], got \[7\]"),
+        ({"layers": []}, ValueError, r"layers must be among \[0, 1\], got \[\]"),
         ({"heads": [4]}, ValueError, r"heads must be different numbers from 0 to 3, got \[4\]"),
         ({"heads": [1, 1]}, ValueError, r"heads must be different numbers from 0 to 3, got \[1, 1\]"),
         ({"heads": []}, ValueError, r"heads must be different numbers from 0 to 3, got \[\]"),

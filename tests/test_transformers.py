@@ -7,7 +7,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tiny_models import CAUSAL, DEVICE, PADDINGS, TEXT, UNPADDED, exact, other_inputs, text_inputs, tiny, transformers
+import transformers
+from tiny_models import CAUSAL, DEVICE, PADDINGS, SMALL, TEXT, UNPADDED, exact, other_inputs, text_inputs, tiny
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 import causalattn.integrations.transformers.masks as masks_module
@@ -334,6 +335,12 @@ def test_families_that_cannot_work_are_refused_by_name(family):
     with pytest.raises(NotImplementedError, match=f"^{family} is not supported: "):
         use(model)
     assert model.config._attn_implementation == before
+
+
+def test_a_model_that_computes_with_its_mask_says_so():
+    config = transformers.DogeConfig(**SMALL, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+    with pytest.raises(AttributeError, match="this model reads dtype of its attention mask"):
+        use(transformers.DogeModel(config))(**text_inputs())
 
 
 def test_what_is_no_transformers_model_is_refused():

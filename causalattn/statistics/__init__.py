@@ -106,19 +106,20 @@ def attention_stats(
     rows = _rows(q, k, logits, want, backend)
     stats = {name: value for name, value in rows.items() if name in want}
     masked = (logits.start, logits.stop, logits.bias, logits.scale, logits.softcap)
+    factors = (rows.get("pivot"), rows.get("max"))
     if want & {"diag", "columns"}:
         picked = torch.cat([_diagonal(intervals)] * ("diag" in want) + [chosen] * ("columns" in want), -1)
-        probs = chosen_probs(q, k, *masked, rows["lse"], picked, backend)
+        probs = chosen_probs(q, k, *masked, *factors, picked, backend)
         if "diag" in want:
             stats["diag"], probs = probs[..., 0], probs[..., 1:]
         if "columns" in want:
             stats["columns"] = probs
     if want & {"received", "received_mean", "net_flow", "asymmetry"}:
-        stats |= _columns(received_pass(q, k, *masked, rows["lse"], backend), rows["mass"], intervals)
+        stats |= _columns(received_pass(q, k, *masked, *factors, backend), rows["mass"], intervals)
     if "dag_score" in want:
         stats["dag_score"] = _share(rows["below"], rows["mass"])
     if "asymmetry" in want:
-        pairs = pair_statistics(q, k, *masked, rows["lse"], backend)
+        pairs = pair_statistics(q, k, *masked, *factors, backend)
         stats["asymmetry"] = _asymmetry(*pairs.unbind(), rows["sum_sq"], stats["net_flow"])
     return AttentionStats(**{name: value for name, value in stats.items() if name in want})
 
@@ -239,11 +240,13 @@ def _wanted(want: str | Iterable[str]) -> set[str]:
 
 def _rows(q: Tensor, k: Tensor, logits: Logits, want: set[str], backend: Backend) -> dict[str, Tensor]:
     """The row statistics that want names, and those that the passes after this one need."""
-    needed = want | {"lse"}
+    needed = set(want)
     if "dag_score" in want:
         needed |= {"below", "mass"}
+    if want & {"diag", "columns"}:
+        needed |= {"pivot", "max"}
     if want & {"received", "received_mean", "net_flow", "asymmetry"}:
-        needed |= {"mass"}
+        needed |= {"pivot", "max", "mass"}
     if "asymmetry" in want:
         needed |= {"sum_sq"}
     names = [name for name in ROWS if name in needed]

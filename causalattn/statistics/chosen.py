@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .._checks import Logits
+from .._tiles import LOG2E
 
 ROWS_AT_ONCE = 4096
 
@@ -18,24 +19,27 @@ def chosen_probs(
     bias: Tensor | None,
     scale: float,
     softcap: float,
-    lse: Tensor,
+    pivot: Tensor,
+    largest: Tensor,
     chosen: Tensor,
     backend: str,
 ) -> Tensor:
-    """A_ij at j = chosen [B or 1, T, n] int32, 0 where row i may not attend it: [B, H, T, n]."""
+    """A_ij = exp2(x_ij − pivot_i)·largest_i at j = chosen [B or 1, T, n] int32, 0 where forbidden: [B, H, T, n]."""
     if use_triton(backend, q):
         from ..kernels.statistics.chosen import chosen_probs_fwd
 
-        return chosen_probs_fwd(q, k, start, stop, bias, scale, softcap, lse, chosen)
-    return _chosen_probs_torch(q, k, Logits(start, stop, 0, bias, scale, softcap, None), lse, chosen)
+        return chosen_probs_fwd(q, k, start, stop, bias, scale, softcap, pivot, largest, chosen)
+    return _chosen_probs_torch(q, k, Logits(start, stop, 0, bias, scale, softcap, None), pivot, largest, chosen)
 
 
 @chosen_probs.register_fake
-def _(q, k, start, stop, bias, scale, softcap, lse, chosen, backend):
+def _(q, k, start, stop, bias, scale, softcap, pivot, largest, chosen, backend):
     return q.new_empty(*q.shape[:3], chosen.shape[2], dtype=accumulator(q))
 
 
-def _chosen_probs_torch(q: Tensor, k: Tensor, logits: Logits, lse: Tensor, chosen: Tensor) -> Tensor:
+def _chosen_probs_torch(
+    q: Tensor, k: Tensor, logits: Logits, pivot: Tensor, largest: Tensor, chosen: Tensor
+) -> Tensor:
     B, H, T, _ = q.shape
     dtype = accumulator(q)
     result = q.new_zeros(B, H, T, chosen.shape[2], dtype=dtype)
@@ -50,10 +54,12 @@ def _chosen_probs_torch(q: Tensor, k: Tensor, logits: Logits, lse: Tensor, chose
                 j = chosen[b, rows].long()
                 seen = (j >= start[b, rows, None]) & (j < stop[b, rows, None])
                 j = j.masked_fill(~seen, 0)
-                x = (q[b, h, rows].to(dtype)[:, None] * keys[j].to(dtype)).sum(-1) * logits.scale
+                # in float64: a second rounding of a large score would not be the one its row's maximum had
+                x = torch.linalg.vecdot(q[b, h, rows, None].double(), keys[j].double()) * logits.scale
                 if logits.softcap > 0:
                     x = torch.tanh(x / logits.softcap) * logits.softcap
                 if logits.bias is not None:
                     x = x + logits.bias[b, h, rows].gather(1, j)
-                result[b, h, rows] = torch.exp(x - lse[b, h, rows, None]).masked_fill(~seen, 0)
+                p = torch.exp2(x * LOG2E - pivot[b, h, rows, None]) * largest[b, h, rows, None]
+                result[b, h, rows] = p.masked_fill(~seen, 0)
     return result

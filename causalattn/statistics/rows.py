@@ -7,7 +7,8 @@ from .._backend import accumulator, use_triton
 from .._checks import Logits
 from .._tiles import BLOCK, FLOOR, LN2, Head, heads
 
-ROWS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "distance")
+# pivot is the largest score in base 2: with max it gives A_ij = exp2(x_ij − pivot_i)·max_i in later passes
+ROWS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "distance", "pivot")
 
 
 @torch.library.custom_op("causalattn::row_statistics", mutates_args=())
@@ -52,11 +53,11 @@ def _row_block(head: Head, m: int, want: list[str]) -> dict[str, Tensor]:
     """The wanted statistics of one block of rows, each [BLOCK] float64."""
     m_i = head.q.new_full((BLOCK,), FLOOR)
     zeros = torch.zeros(BLOCK, dtype=torch.float64, device=m_i.device)
-    sums = {name: zeros for name in ("mass", *want) if name not in ("lse", "max")}
+    sums = {name: zeros for name in ("mass", *want) if name not in ("lse", "max", "pivot")}
     for n in head.key_blocks(m):
         x = head.scores(m, n)
-        m_new = torch.maximum(m_i, x.amax(1))
-        tile = _tile_sums(x.sub_(m_new[:, None]), m + head.logits.offset, n, want)
+        m_new = torch.maximum(m_i, x.amax(1).mul_(head.unit))
+        tile = _tile_sums(head.exponents(x, m_new[:, None]), m + head.logits.offset, n, want)
         grown = (m_new - m_i).double()
         alpha = torch.exp2(-grown)
         if "entropy" in want:
@@ -77,7 +78,7 @@ def _normalized(head: Head, m_i: Tensor, sums: dict[str, Tensor]) -> dict[str, T
         rows["entropy"] = (rows["entropy"] + (lse - m_i).masked_fill(unit == 0, 0) * rows["mass"]) * LN2
     if "sum_sq" in rows:
         rows["sum_sq"] = rows["sum_sq"] * unit
-    return rows | {"lse": lse * LN2, "max": unit}
+    return rows | {"lse": lse * LN2, "max": unit, "pivot": m_i}
 
 
 def _tile_sums(x: Tensor, position: int, n: int, want: list[str]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
-"""A_ij at a few chosen keys of each row, lse known.
+"""A_ij at a few chosen keys of each row, each row's maximum known.
 
-    out[b, h, i, c] = exp(S_ij − lse_i) at j = chosen[b, i, c], 0 where row i may not attend j
+    out[b, h, i, c] = A_ij = exp2(S_ij / log 2 − pivot_i)·largest_i at j = chosen[b, i, c], 0 where i may not attend j
 
-Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32, bias [B, H, T, S], lse [B, H, T],
+Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32, bias [B, H, T, S], pivot and largest [B, H, T],
 chosen [B or 1, T, n] int32, out [B, H, T, n] float32.
 Precision: float32 throughout. Cost: one row of k a chosen key; bound by reading k.
 """
@@ -11,19 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .._primitives import LOG2E, add_bias, base2_scores, load_intervals, load_rows
+from .._primitives import add_bias, base2_scores, load_intervals, load_rows
 
 BLOCK_M = 32
 
 
 @triton.jit(do_not_specialize=["T", "S", "N", "scale", "softcap"])
 def _chosen_probs_kernel(
-    q_ptr, k_ptr, start_ptr, stop_ptr, bias_ptr, lse_ptr, chosen_ptr, out_ptr,
+    q_ptr, k_ptr, start_ptr, stop_ptr, bias_ptr, pivot_ptr, largest_ptr, chosen_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_ib,
     stride_bb, stride_bh, stride_bt, stride_bs,
-    stride_lb, stride_lh, stride_lt,
     stride_cb, stride_ct, stride_cn,
     H, GROUP, T, S, N, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -37,7 +36,8 @@ def _chosen_probs_kernel(
     rows = offs_m.to(tl.int64)
     start, stop = load_intervals(start_ptr + pid_b * stride_ib, stop_ptr + pid_b * stride_ib, offs_m, T)
     q = load_rows(q_ptr + pid_b * stride_qb + pid_h * stride_qh, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
-    lse = tl.load(lse_ptr + pid_b * stride_lb + pid_h * stride_lh + rows * stride_lt, mask=mask_m, other=0.0)
+    pivot = tl.load(pivot_ptr + pid_bh * T + rows, mask=mask_m, other=0.0)
+    largest = tl.load(largest_ptr + pid_bh * T + rows, mask=mask_m, other=0.0)
     k_ptr += pid_b * stride_kb + pid_h // GROUP * stride_kh
     for c in range(N):
         j = tl.load(chosen_ptr + pid_b * stride_cb + rows * stride_ct + c * stride_cn, mask=mask_m, other=0)
@@ -47,7 +47,7 @@ def _chosen_probs_kernel(
         x = base2_scores(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1), scale, softcap)
         if bias_ptr is not None:
             x = add_bias(x, bias_ptr + pid_b * stride_bb + pid_h * stride_bh, offs_m, j, T, S, stride_bt, stride_bs)
-        p = tl.where(seen, tl.exp2(x - lse * LOG2E), 0.0)
+        p = tl.where(seen, tl.exp2(x - pivot) * largest, 0.0)
         tl.store(out_ptr + (pid_bh * T + rows) * N + c, p, mask=mask_m)
 
 
@@ -59,7 +59,8 @@ def chosen_probs_fwd(
     bias: torch.Tensor | None,
     scale: float,
     softcap: float,
-    lse: torch.Tensor,
+    pivot: torch.Tensor,
+    largest: torch.Tensor,
     chosen: torch.Tensor,
 ) -> torch.Tensor:
     B, H, T, D = q.shape
@@ -68,9 +69,9 @@ def chosen_probs_fwd(
     if out.numel() == 0:
         return out
     _chosen_probs_kernel[(triton.cdiv(T, BLOCK_M) * B * H,)](
-        q, k, start, stop, bias, lse, chosen, out,
+        q, k, start, stop, bias, pivot.contiguous(), largest.contiguous(), chosen, out,
         *q.stride(), *k.stride(), start.stride(0) if start.shape[0] > 1 else 0,
-        *((0, 0, 0, 0) if bias is None else bias.stride()), *lse.stride(),
+        *((0, 0, 0, 0) if bias is None else bias.stride()),
         chosen.stride(0) if chosen.shape[0] > 1 else 0, *chosen.stride()[1:],
         H, H // k.shape[1], T, S, N, scale, softcap or None,
         D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_M=BLOCK_M, enable_fp_fusion=True,

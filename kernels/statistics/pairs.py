@@ -1,8 +1,8 @@
-"""How far the attention map is from its transpose, lse known: each tile met together with its mirror.
+"""How far the attention map is from its transpose, each row's maximum known: each tile met together with its mirror.
 
     Σ(A_ij − A_ji)², Σ|A_ij − A_ji|, max|A_ij − A_ji|
 
-Shapes: q [B, H, T, D], k [B, H_kv, T, D], start and stop [B or 1, T] int32, bias [B, H, T, T], lse [B, H, T];
+Shapes: q [B, H, T, D], k [B, H_kv, T, D], start and stop [B or 1, T] int32, bias [B, H, T, T], pivot and largest [B, H, T];
 partial [3, B, H, blocks] float64, one a block of rows, then [3, B, H] float32.
 Precision: float32 scores in base 2 and differences formed from them, never Q − X; float64 across tiles; one order.
 Cost: 2·D flops and one exp2 an entry of A; tiles that neither side may attend are skipped.
@@ -14,7 +14,6 @@ import triton.language as tl
 
 from .._primitives import (
     FORBIDDEN,
-    LOG2E,
     Launch,
     add_bias,
     architecture,
@@ -28,39 +27,39 @@ from .._primitives import (
 
 def launch(D: int, itemsize: int, arch: int) -> Launch:
     """Square tiles by head dim and dtype; arch is `architecture`'s."""
-    block = 32 if D > 128 or itemsize == 4 else 64
+    block = 64 if D <= 128 and itemsize == 2 and arch in (0, 90, 100) else 32
     return Launch(block, block, 4, 1 if arch == 0 or itemsize == 4 else 2)
 
 
 @triton.jit
 def _tile(
-    rows, keys, offs_row, offs_key, start, stop, lse, bias_ptr, T, stride_bt, stride_bs, scale, softcap,
+    rows, keys, offs_row, offs_key, start, stop, pivot, largest, bias_ptr, T, stride_bt, stride_bs, scale, softcap,
     ROWS_FIRST: tl.constexpr,
 ):
     """A at a tile of rows and keys; transposed, [keys, rows], unless ROWS_FIRST."""
     if ROWS_FIRST:
         x = base2_scores(dot(rows, tl.trans(keys)), scale, softcap)
-        offs_row, start, stop, lse = offs_row[:, None], start[:, None], stop[:, None], lse[:, None]
+        offs_row, start, stop = offs_row[:, None], start[:, None], stop[:, None]
+        pivot, largest = pivot[:, None], largest[:, None]
         offs_key = offs_key[None, :]
     else:
         x = base2_scores(dot(keys, tl.trans(rows)), scale, softcap)
-        offs_row, start, stop, lse = offs_row[None, :], start[None, :], stop[None, :], lse[None, :]
+        offs_row, start, stop = offs_row[None, :], start[None, :], stop[None, :]
+        pivot, largest = pivot[None, :], largest[None, :]
         offs_key = offs_key[:, None]
     if bias_ptr is not None:
         x = add_bias(x, bias_ptr, offs_row, offs_key, T, T, stride_bt, stride_bs)
     x = tl.where((offs_key >= start) & (offs_key < stop), x, FORBIDDEN)
-    # a row without a key has lse −∞ and only forbidden scores: any finite pivot gives 0
-    return tl.exp2(x - tl.where(lse == float("-inf"), 0.0, lse * LOG2E))
+    return tl.exp2(x - pivot) * largest
 
 
 @triton.jit(do_not_specialize=["T", "scale", "softcap"])
 def _pair_statistics_kernel(
-    q_ptr, k_ptr, start_ptr, stop_ptr, bias_ptr, lse_ptr, partial_ptr,
+    q_ptr, k_ptr, start_ptr, stop_ptr, bias_ptr, pivot_ptr, largest_ptr, partial_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_ib,
     stride_bb, stride_bh, stride_bt, stride_bs,
-    stride_lb, stride_lh, stride_lt,
     stride_pn,
     H, GROUP, T, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -72,7 +71,8 @@ def _pair_statistics_kernel(
 
     q_ptr += pid_b * stride_qb + pid_h * stride_qh
     k_ptr += pid_b * stride_kb + pid_h // GROUP * stride_kh
-    lse_ptr += pid_b * stride_lb + pid_h * stride_lh
+    pivot_ptr += pid_bh * T
+    largest_ptr += pid_bh * T
     start_ptr += pid_b * stride_ib
     stop_ptr += pid_b * stride_ib
     if bias_ptr is not None:
@@ -82,7 +82,8 @@ def _pair_statistics_kernel(
     offs_m = first + tl.arange(0, BLOCK_M)
     start_m, stop_m = load_intervals(start_ptr, stop_ptr, offs_m, T)
     low_m, high_m, _, _ = interval_bounds(start_m, stop_m, offs_m < T)
-    lse_m = tl.load(lse_ptr + offs_m.to(tl.int64) * stride_lt, mask=offs_m < T, other=float("-inf"))
+    pivot_m = tl.load(pivot_ptr + offs_m, mask=offs_m < T, other=0.0)
+    largest_m = tl.load(largest_ptr + offs_m, mask=offs_m < T, other=0.0)
     q_m = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
     k_m = load_rows(k_ptr, offs_m, T, stride_ks, stride_kd, D, BLOCK_D)
 
@@ -94,13 +95,14 @@ def _pair_statistics_kernel(
         low_n, high_n, _, _ = interval_bounds(start_n, stop_n, offs_n < T)
         forward = (low_m < n + BLOCK_N) & (high_m > n)
         if forward | ((low_n < first + BLOCK_M) & (high_n > first)):
-            lse_n = tl.load(lse_ptr + offs_n.to(tl.int64) * stride_lt, mask=offs_n < T, other=float("-inf"))
+            pivot_n = tl.load(pivot_ptr + offs_n, mask=offs_n < T, other=0.0)
+            largest_n = tl.load(largest_ptr + offs_n, mask=offs_n < T, other=0.0)
             k_n = load_rows(k_ptr, offs_n, T, stride_ks, stride_kd, D, BLOCK_D)
             q_n = load_rows(q_ptr, offs_n, T, stride_qt, stride_qd, D, BLOCK_D)
-            a = _tile(q_m, k_n, offs_m, offs_n, start_m, stop_m, lse_m, bias_ptr, T, stride_bt, stride_bs,
-                      scale, softcap, True)  # [BLOCK_M, BLOCK_N]
-            b = _tile(q_n, k_m, offs_n, offs_m, start_n, stop_n, lse_n, bias_ptr, T, stride_bt, stride_bs,
-                      scale, softcap, False)  # [BLOCK_M, BLOCK_N]
+            a = _tile(q_m, k_n, offs_m, offs_n, start_m, stop_m, pivot_m, largest_m,
+                      bias_ptr, T, stride_bt, stride_bs, scale, softcap, True)  # [BLOCK_M, BLOCK_N]
+            b = _tile(q_n, k_m, offs_n, offs_m, start_n, stop_n, pivot_n, largest_n,
+                      bias_ptr, T, stride_bt, stride_bs, scale, softcap, False)  # [BLOCK_M, BLOCK_N]
             d = tl.abs(a - b)
             twice = tl.where(n == first, 1.0, 2.0)
             difference_sq += tl.sum(tl.sum(d * d, 1)) * twice
@@ -121,7 +123,8 @@ def pair_statistics_fwd(
     bias: torch.Tensor | None,
     scale: float,
     softcap: float,
-    lse: torch.Tensor,
+    pivot: torch.Tensor,
+    largest: torch.Tensor,
 ) -> torch.Tensor:
     B, H, T, D = q.shape
     if T == 0 or B == 0:
@@ -130,9 +133,9 @@ def pair_statistics_fwd(
     blocks = triton.cdiv(T, tiles.BLOCK_M)
     partial = torch.empty(3, B, H, blocks, dtype=torch.float64, device=q.device)
     _pair_statistics_kernel[(blocks * B * H,)](
-        q, k, start, stop, bias, lse, partial,
+        q, k, start, stop, bias, pivot.contiguous(), largest.contiguous(), partial,
         *q.stride(), *k.stride(), start.stride(0) if start.shape[0] > 1 else 0,
-        *((0, 0, 0, 0) if bias is None else bias.stride()), *lse.stride(), partial.stride(0),
+        *((0, 0, 0, 0) if bias is None else bias.stride()), partial.stride(0),
         H, H // k.shape[1], T, scale, softcap or None,
         D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), **tiles._asdict(), enable_fp_fusion=True,
     )

