@@ -22,7 +22,7 @@ def inputs(T: int, heads: int = 4, D: int = 64) -> list[torch.Tensor]:
 
 @pytest.fixture
 def measure(benchmark):
-    """measure(operator, peer, function, *args, flops=, expected=, tolerance=): check, time, weigh, record."""
+    """measure(operator, peer, function, *args, flops=, check=None): check, time, weigh, record."""
 
     def run(operator, peer, function, *args, flops, check=None):
         result = function(*args)
@@ -127,5 +127,6 @@ def pytest_terminal_summary(terminalreporter):
         ratio = f"{row['ratio']:6.2f}×" if row.get("ratio") else " " * 7
         memory = f"{row['peak_mib']:9.0f} MiB" if row.get("peak_mib") is not None else ""
         terminalreporter.write_line(
-            f"{row['operator']:16} T={row['shape'][2]:<6} {row['peer']:24} {time} {ratio} {memory} {row.get('reason', '')}"
+            f"{row['operator']:16} T={row['shape'][2]:<6} {row['peer']:24} {time} {ratio} {memory} "
+            f"{row.get('reason', '')}"
         )

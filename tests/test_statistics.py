@@ -19,6 +19,7 @@ from helpers import (
     make_mask,
     make_qkv,
     plain_stats,
+    score_roundings,
     shapes,
     to_numpy,
 )
@@ -44,14 +45,17 @@ def check(backend, q, k, mask, want, columns=("sink",), **logits):
         to_numpy(q), to_numpy(k), seen, first=first, offset=intervals.offset, columns=columns, **arrays
     )
     plain = plain_stats(q, k, intervals, columns=columns, **logits)
+    roundings = score_roundings(q, k)
     result = ca.attention_stats(q, k, mask=mask, want=want, columns=columns, backend=backend, **logits)
     for name in want:
         got, rival, exact = getattr(result, name), plain[name], expected[name]
         if name == "asymmetry":
             for part in ca.Asymmetry._fields:
-                assert_within_reference_error(getattr(got, part), rival[part], exact[part], axis=None)
+                assert_within_reference_error(
+                    getattr(got, part), rival[part], exact[part], axis=None, roundings=roundings
+                )
         else:
-            assert_within_reference_error(got, rival, exact, axis=None)
+            assert_within_reference_error(got, rival, exact, axis=None, roundings=roundings)
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -272,7 +276,10 @@ GOOD = torch.zeros(2, 4, 5, 16)
     ("match", "call"),
     [
         ("want must be 'all' or names among .*, got 'entorpy'", lambda: ca.attention_stats(GOOD, GOOD, want="entorpy")),
-        ("columns must hold 'sink' or positions from -5 to 4, got 5", lambda: ca.attention_stats(GOOD, GOOD, columns=[5])),
+        (
+            "columns must hold 'sink' or positions from -5 to 4, got 5",
+            lambda: ca.attention_stats(GOOD, GOOD, columns=[5]),
+        ),
         ("columns must hold .* got 'bos'", lambda: ca.attention_stats(GOOD, GOOD, columns=["bos"])),
         ("as many queries as keys, got T = 3 and S = 5", lambda: ca.asymmetry(GOOD[:, :, :3], GOOD)),
         ("as many queries as keys", lambda: ca.attention_stats(GOOD[:, :, :3], GOOD, want="net_flow")),

@@ -1,13 +1,14 @@
 """Tiny randomly initialised transformers models, one a family, and inputs for them with and without padding."""
 
+import pytest
 import torch
 import transformers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB = 64
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = SIZES | {"vocab_size": VOCAB, "intermediate_size": 48}
-GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+GROUPED = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -18,7 +19,7 @@ def _bert(t):
 
 
 def _gpt2(t):
-    return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, **ENDS))
+    return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=64, **ENDS))
 
 
 def _llama(t):
@@ -60,10 +61,24 @@ def _vit(t):
 
 def _whisper(t):
     config = t.WhisperConfig(
-        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=21,
-        max_target_positions=32, num_mel_bins=4, dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+        vocab_size=VOCAB,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_source_positions=21,
+        max_target_positions=32,
+        num_mel_bins=4,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
     )
     return t.WhisperModel(config)
 
@@ -76,6 +91,11 @@ CAUSAL = {
 TEXT = BIDIRECTIONAL | CAUSAL
 UNPADDED = {"vit": _vit, "whisper": _whisper}
 PADDINGS = ("none", "left", "right")
+
+
+def full(*values):
+    """Parameters that only the full run takes."""
+    return [pytest.param(value, marks=pytest.mark.full) for value in values]
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0):

@@ -37,9 +37,7 @@ def _(q, k, start, stop, bias, scale, softcap, pivot, largest, chosen, backend):
     return q.new_empty(*q.shape[:3], chosen.shape[2], dtype=accumulator(q))
 
 
-def _chosen_probs_torch(
-    q: Tensor, k: Tensor, logits: Logits, pivot: Tensor, largest: Tensor, chosen: Tensor
-) -> Tensor:
+def _chosen_probs_torch(q: Tensor, k: Tensor, logits: Logits, pivot: Tensor, largest: Tensor, chosen: Tensor) -> Tensor:
     B, H, T, _ = q.shape
     dtype = accumulator(q)
     result = q.new_zeros(B, H, T, chosen.shape[2], dtype=dtype)

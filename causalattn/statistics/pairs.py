@@ -1,4 +1,4 @@
-"""One pass over each pair of tiles (i, j) and (j, i), with each row's maximum known: how far A is from its transpose."""
+"""One pass over pairs of tiles (i, j) and (j, i), each row's maximum known: how far A is from its transpose."""
 
 import torch
 from torch import Tensor

@@ -2,7 +2,8 @@
 
     out[b, h, i, c] = A_ij = exp2(S_ij / log 2 − pivot_i)·largest_i at j = chosen[b, i, c], 0 where i may not attend j
 
-Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32, bias [B, H, T, S], pivot and largest [B, H, T],
+Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32,
+bias [B, H, T, S], pivot and largest [B, H, T],
 chosen [B or 1, T, n] int32, out [B, H, T, n] float32.
 Precision: float32 throughout. Cost: one row of k a chosen key; bound by reading k.
 """

@@ -2,7 +2,8 @@
 
     Σ(A_ij − A_ji)², Σ|A_ij − A_ji|, max|A_ij − A_ji|
 
-Shapes: q [B, H, T, D], k [B, H_kv, T, D], start and stop [B or 1, T] int32, bias [B, H, T, T], pivot and largest [B, H, T];
+Shapes: q [B, H, T, D], k [B, H_kv, T, D], start and stop [B or 1, T] int32,
+bias [B, H, T, T], pivot and largest [B, H, T];
 partial [3, B, H, blocks] float64, one a block of rows, then [3, B, H] float32.
 Precision: float32 scores in base 2 and differences formed from them, never Q − X; float64 across tiles; one order.
 Cost: 2·D flops and one exp2 an entry of A; tiles that neither side may attend are skipped.

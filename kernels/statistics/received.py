@@ -2,7 +2,8 @@
 
     c_j = Σ_i A_ij = Σ_i exp2(S_ij / log 2 − pivot_i)·largest_i
 
-Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32, bias [B, H, T, S], pivot and largest [B, H, T];
+Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32,
+bias [B, H, T, S], pivot and largest [B, H, T];
 out [B, H, S] float32.
 Precision: float32 scores in base 2; sums float32 in a tile, float64 across tiles; no atomics, one order.
 Cost: 2·D flops and one exp2 a score, no running maximum.
