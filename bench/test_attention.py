@@ -4,7 +4,7 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LENGTHS, inputs
+from cases import LENGTHS, inputs
 
 import causalattn as ca
 

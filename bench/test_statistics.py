@@ -4,7 +4,7 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LENGTHS, inputs, unmeasured
+from cases import LENGTHS, inputs, unmeasured
 
 import causalattn as ca
 from causalattn.statistics import ROW_STATISTICS

@@ -61,22 +61,35 @@ def same(name: str, x: Tensor, like: str, y: Tensor) -> None:
 
 
 def resolve_mask(q: Tensor, k: Tensor, mask: Mask | Intervals | None, is_causal: bool) -> Intervals:
-    B, T, S = q.shape[0], q.shape[2], k.shape[2]
+    T, S = q.shape[2], k.shape[2]
     if mask is None:
         mask = Mask()
     if isinstance(mask, Mask):
         mask = (causal() & mask if is_causal else mask).resolve(T, S, device=q.device)
-    elif not isinstance(mask, Intervals):
+        _check_rows(mask, q)
+        return mask
+    if not isinstance(mask, Intervals):
         raise TypeError(f"mask must be a causalattn Mask or Intervals, got {type(mask).__name__}")
-    elif is_causal:
-        positions = torch.arange(mask.offset, mask.offset + T, device=mask.start.device, dtype=torch.int32)
+    _check_rows(mask, q)
+    mask = _inside(mask, S)
+    if is_causal:
+        positions = torch.arange(mask.offset, mask.offset + T, device=q.device, dtype=torch.int32)
         mask = mask._replace(stop=torch.minimum(mask.stop, positions + 1))
+    return mask
+
+
+def _check_rows(mask: Intervals, q: Tensor) -> None:
+    B, T = q.shape[0], q.shape[2]
     for bound in mask[:3]:
         if bound.ndim != 2 or bound.shape[0] not in (1, B) or bound.shape[1] != T:
             raise ValueError(f"mask must be for [{B} or 1, {T}] rows, got {list(bound.shape)}")
         if bound.device != q.device:
             raise ValueError(f"mask must be on q's device {q.device}, got {bound.device}")
-    if q.is_cuda:
+
+
+def _inside(mask: Intervals, S: int) -> Intervals:
+    """A mask somebody else resolved: an error on the CPU, cut to the keys where its values cannot be read."""
+    if mask.start.is_cuda or torch.compiler.is_compiling():
         return mask._replace(start=mask.start.clamp(min=0), stop=mask.stop.clamp(max=S))
     if ((mask.start < 0) | (mask.stop > S)).any():
         raise ValueError(f"mask must lie in 0…{S}, got {int(mask.start.min())}…{int(mask.stop.max())}")

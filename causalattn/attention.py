@@ -65,7 +65,7 @@ def attention(
     Example:
         >>> q = k = v = torch.eye(2).view(1, 1, 2, 2)
         >>> attention(q, k, v, causal=True).lse
-        tensor([[[0.7071, 1.1080]]])
+        tensor([[[0.7071, 1.1079]]])
     """
     check_qk(q, k)
     check_v(v, k)

@@ -248,7 +248,7 @@ def test_compiles_once_for_every_length():
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(lambda q, k, v: attention(q, k, v, causal=True).out, backend=count, dynamic=True)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, causal=True).out, backend=count, fullgraph=True)
     for T in range(10, 50, 8):
         q, k, v = make_qkv(1, 2, 1, T, T, 16, strided=False)
         assert torch.equal(compiled(q, k, v), attention(q, k, v, causal=True).out)

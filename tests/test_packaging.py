@@ -159,4 +159,5 @@ def test_constraints_pin_every_requirement():
     lines = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
     required = {re.match("[a-z0-9-]+", line)[0] for line in lines}
     pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    assert required - {"causalattn"} <= pinned
+    # a CUDA build of torch brings a Triton of its own
+    assert required - {"causalattn", "triton"} <= pinned

@@ -198,7 +198,9 @@ def test_every_head_has_its_score_and_its_z(family, panels):
     rows = [row for row in report.rows() if row["sequence"] == 0]
     figure = plot.draw_scores(report).figure
     assert len(figure.axes) == panels
-    points = [np.asarray(c.get_offsets())[:, 1] for c in figure.axes[-1].collections if len(c.get_offsets()) == 8]
+    points = [
+        np.asarray(c.get_offsets())[:, 1] for c in figure.axes[-1].collections if len(c.get_offsets()) == len(rows)
+    ]
     assert points[0] == pytest.approx([row["dag_score"] for row in rows])
     assert points[1] == pytest.approx([row["sink_removed"] for row in rows])
     grid = np.asarray(plot.draw_grid(report).figure.axes[0].images[0].get_array())

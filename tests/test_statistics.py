@@ -248,11 +248,13 @@ print(status("VmHWM") - before, 4 * T * T // 1024)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_linear():
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    grown, dense = map(int, run.stdout.split())
-    assert grown < 0.25 * dense
+# peak memory is read from /proc
+if sys.platform == "linux":
+
+    def test_memory_is_linear():
+        run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+        grown, dense = map(int, run.stdout.split())
+        assert grown < 0.25 * dense
 
 
 def test_operator_contracts():

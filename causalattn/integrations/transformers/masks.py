@@ -78,7 +78,7 @@ def model_mask(
     # static caches hand the mask that generate made back to the model, which calls this again
     if isinstance(attention_mask, ModelMask):
         return attention_mask
-    from transformers.masking_utils import causal_mask_function
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     function = causal_mask_function if mask_function is None else mask_function
     q_offset = int(q_offset)
@@ -103,7 +103,9 @@ def model_mask(
             bias.masked_fill_(~real[:, None, None, kv_offset:], -torch.inf)
             _warn_of_bias()
     padded = None
-    if real is not None and q_offset + q_length <= real.shape[1]:
+    # the padding that cross-attention is given is the encoder's, and says nothing of the decoder's queries
+    cross = function is bidirectional_mask_function and q_offset + q_length != kv_offset + kv_length
+    if real is not None and not cross and q_offset + q_length <= real.shape[1]:
         padded = ~real[:, q_offset : q_offset + q_length]
     shift = partial(torch.sub, other=kv_offset)
     return _assemble(
