@@ -236,8 +236,8 @@ def test_a_mask_shifted_by_one_is_caught(backend):
 
 def test_operator_contract():
     q, k, v = make_qkv(2, 4, 2, 9, 20, 16)
-    start, stop, _, offset = (causal() & padding([20, 7])).resolve(9, 20)
-    bias, sink = torch.randn(2, 4, 9, 20), torch.randn(4)
+    start, stop, _, offset = (causal() & padding([20, 7])).resolve(9, 20, device=DEVICE)
+    bias, sink = torch.randn(2, 4, 9, 20, device=DEVICE), torch.randn(4, device=DEVICE)
     torch.library.opcheck(module._attention, (q, k, v, start, stop, offset, bias, 0.2, 5.0, sink, True, "torch"))
 
 
