@@ -111,6 +111,18 @@ def test_uniform_attention(backend, T):
     assert stats.dag_score.item() == pytest.approx(1 - harmonic / T, abs=1e-6)
     assert stats.entropy[0, 0].tolist() == pytest.approx([math.log(n) for n in range(1, T + 1)], abs=1e-5)
     assert ca.dag_score(q, k, backend=backend).item() == pytest.approx((T - 1) / (2 * T), abs=1e-6)
+    share = sum(1 / n**2 for n in range(1, T + 1)) / harmonic
+    ratio = ca.asymmetry(q, k, causal=True, backend=backend).ratio.item()
+    assert ratio == pytest.approx(math.sqrt((1 - share) / (1 + share)), abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", PATHS)
+def test_acyclicity_under_a_causal_mask_is_the_diagonal_s(backend):
+    q, k, v = make_qkv(1, 2, 1, 33, 33, 16)
+    A = ca.attention(q, k, v, causal=True, return_probs=True, backend=backend).probs.double()
+    acyclicity = torch.linalg.matrix_exp(A.square()).diagonal(dim1=-2, dim2=-1).sum(-1) - 33
+    diag = ca.attention_stats(q, k, causal=True, want="diag", backend=backend).diag.double()
+    assert (acyclicity - torch.expm1(diag.square()).sum(-1)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("backend", PATHS)
