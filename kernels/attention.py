@@ -38,7 +38,9 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
         return Launch(16, 16, 4, 1) if D > 128 else Launch(32, 16, 4, 1)
     if D > 128:
         return Launch(64, 32, 8, 1)
-    return Launch(128, 64, 8, 2) if D <= 64 and arch in (90, 100) else Launch(128, 32, 8, 2)
+    if arch in (90, 100):
+        return Launch(128, 64 if D <= 64 else 32, 8, 2)
+    return Launch(128, 32, 8, 2) if D <= 64 else Launch(64, 32, 4, 2)
 
 
 @triton.jit

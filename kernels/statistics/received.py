@@ -32,7 +32,9 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
         return Launch(32, 32, 4, 1)
     if D > 128:
         return Launch(32, 64, 4, 1 if arch == 0 else 2)
-    return Launch(64, 64, 4, 1) if arch == 0 else Launch(64, 128, 8, 3)
+    if arch == 0:
+        return Launch(64, 64, 4, 1)
+    return Launch(64, 128, 8, 3) if arch in (90, 100) else Launch(64, 64, 4, 2)
 
 
 @triton.jit(do_not_specialize=["T", "S", "scale", "softcap"])
