@@ -28,6 +28,13 @@ def exact_entropy(q, k, rows):
     return torch.special.entr(A).sum(-1)
 
 
+def exact_received(q, k):
+    """float64, a block of rows at a time."""
+    q, k = q.double(), k.double()
+    blocks = q.split(256, 2)
+    return sum(torch.softmax(rows @ k.mT * q.shape[-1] ** -0.5, -1).sum(-2) for rows in blocks)
+
+
 def row_statistics(q, k):
     return ca.attention_stats(q, k, want=ROW_STATISTICS)
 
@@ -80,7 +87,7 @@ def test_row_statistics(measure, T, peer):
         expected = exact_entropy(q, k, rows)
 
         def check(result):
-            assert (result[:, :, rows] - expected).abs().max() < 1e-4 if q.dtype == torch.float32 else 0.1
+            assert (result[:, :, rows] - expected).abs().max() < (1e-4 if q.dtype == torch.float32 else 0.1)
 
         measure("row statistics", peer, ENTROPIES[peer], q, k, flops=flops, check=check)
 
@@ -89,10 +96,10 @@ def test_row_statistics(measure, T, peer):
 @pytest.mark.parametrize("T", LENGTHS[:2])
 def test_received(measure, T, peer):
     q, k, _ = inputs(T)
-    ours = ca.attention_stats(q, k, want="received").received
+    expected = exact_received(q, k)
 
     def check(result):
-        assert (result - ours).abs().max() < 1e-3 * ours.max()
+        assert (result - expected).abs().max() < (1e-4 if q.dtype == torch.float32 else 2e-2) * expected.max()
 
     function = {"causalattn": lambda q, k: ca.attention_stats(q, k, want="received").received}.get(
         peer, peers.stock_received
