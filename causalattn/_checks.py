@@ -17,6 +17,7 @@ class Logits(NamedTuple):
     stop: Tensor
     offset: int
     bias: Tensor | None
+    slopes: Tensor | None
     scale: float
     softcap: float
     sink: Tensor | None
@@ -46,6 +47,14 @@ def check_v(v: Tensor, k: Tensor) -> None:
     if v.ndim != 4 or v.shape[:3] != k.shape[:3] or v.shape[3] == 0:
         raise ValueError(f"v must have shape [{', '.join(map(str, k.shape[:3]))}, V], V ≥ 1, got {list(v.shape)}")
     same("v", v, "k", k)
+
+
+def check_probs_dtype(dtype: torch.dtype | None, q: Tensor) -> torch.dtype:
+    """The dtype of returned probabilities, q's by default."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if dtype not in (None, q.dtype, wide):
+        raise TypeError(f"probs_dtype must be {q.dtype} or {wide}, got {dtype}")
+    return q.dtype if dtype is None else dtype
 
 
 def check_square(name: str, q: Tensor, k: Tensor) -> None:
@@ -102,18 +111,16 @@ def resolve_logits(
     mask: Intervals,
     *,
     bias: Tensor | None,
+    alibi_slopes: Tensor | None,
     scale: float | None,
     softcap: float | None,
     sink: Tensor | None,
 ) -> Logits:
     B, H, T, D = q.shape
-    S = k.shape[2]
     if bias is not None:
-        if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(bias.shape[::-1], (S, T, H, B), strict=False)):
-            raise ValueError(f"bias must broadcast to [{B}, {H}, {T}, {S}], got {list(bias.shape)}")
-        if bias.device != q.device or not bias.is_floating_point():
-            raise TypeError(f"bias must be floating point on {q.device}, got {_dtype(bias)} on {bias.device}")
-        bias = bias.expand(B, H, T, S)
+        bias = _check_bias(bias, (B, H, T, k.shape[2]), q.device)
+    if alibi_slopes is not None:
+        alibi_slopes = _check_slopes(alibi_slopes, B, H, q.device)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if sink is not None:
@@ -122,7 +129,27 @@ def resolve_logits(
         if sink.device != q.device:
             raise ValueError(f"sink must be on q's device {q.device}, got {sink.device}")
     scale = D**-0.5 if scale is None else float(scale)
-    return Logits(mask.start, mask.stop, mask.offset, bias, scale, softcap or 0.0, sink)
+    return Logits(mask.start, mask.stop, mask.offset, bias, alibi_slopes, scale, softcap or 0.0, sink)
+
+
+def _check_bias(bias: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """bias with 4 axes, of length 1 where it broadcasts."""
+    if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(bias.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"bias must broadcast to {list(shape)}, got {list(bias.shape)}")
+    if bias.device != device or not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point on {device}, got {_dtype(bias)} on {bias.device}")
+    return bias[(None,) * (4 - bias.ndim)]
+
+
+def _check_slopes(slopes: Tensor, B: int, H: int, device: torch.device) -> Tensor:
+    """slopes as [B or 1, H]."""
+    if slopes.ndim not in (1, 2) or slopes.shape[-1] != H or (slopes.ndim == 2 and slopes.shape[0] not in (1, B)):
+        raise ValueError(f"alibi_slopes must have shape [{H}] or [{B}, {H}], got {list(slopes.shape)}")
+    if slopes.device != device or not slopes.is_floating_point():
+        raise TypeError(f"alibi_slopes must be floating point on {device}, got {_dtype(slopes)} on {slopes.device}")
+    if slopes.requires_grad:
+        raise NotImplementedError("alibi_slopes have no gradient: pass alibi_slopes.detach()")
+    return slopes.view(-1, H)
 
 
 def _dtype(x: Tensor) -> str:

@@ -27,13 +27,15 @@ class Head:
         self.dtype = accumulator(q)
         self.T, self.S = q.shape[2], k.shape[2]
         # the unit is positive and joins where a maximum is subtracted, in one rounding; q keeps the sign, exactly
-        self.shaped = logits.softcap > 0 or logits.bias is not None
+        self.shaped = logits.softcap > 0 or logits.bias is not None or logits.slopes is not None
         self.unit = LOG2E if self.shaped or logits.scale == 0 else abs(logits.scale) * LOG2E
         self.q = padded(q[b, h].to(self.dtype) * (logits.scale > 0 or -(logits.scale < 0)), BLOCK)
         self.k = padded(k[b, h // (q.shape[1] // k.shape[1])].to(self.dtype), BLOCK)
         row = b if logits.start.shape[0] > 1 else 0
         self.start = padded(logits.start[row, :, None], BLOCK)  # [T rounded up, 1]
         self.stop = padded(logits.stop[row, :, None], BLOCK)
+        self.bias = None if logits.bias is None else logits.bias.expand(*q.shape[:3], self.S)[b, h]
+        self.slope = None if logits.slopes is None else logits.slopes.expand(*q.shape[:2])[b, h].to(self.dtype)
         self.keys = torch.arange(self.k.shape[0], device=q.device)
         self._x, self._mirror = self.q.new_empty(2, BLOCK, BLOCK)
         self._bounds = None if q.is_cuda else _bounds(self.start, self.stop, self.T)
@@ -91,21 +93,33 @@ class Head:
         """unit · x − pivot, in place; pivot broadcasts, in base 2."""
         return torch.add(-pivot, x, alpha=self.unit, out=x)
 
+    def probs(self, m: int, n: int, pivot: Tensor, largest: Tensor) -> Tensor:
+        """A of rows m… and keys n…, [BLOCK, BLOCK], in the buffer of `scores`; pivot and largest are columns."""
+        return self.exponents(self.scores(m, n), pivot).exp2_().mul_(largest)
+
     def _shape(self, x: Tensor, m: int, n: int) -> None:
-        softcap, bias = self.logits.softcap, self.logits.bias
+        softcap = self.logits.softcap
         x.mul_(abs(self.logits.scale))
         if softcap > 0:
             x.div_(softcap).tanh_().mul_(softcap)
-        if bias is not None:
-            tile = bias[self.b, self.h, m : m + BLOCK, n : n + BLOCK]
+        if self.bias is not None:
+            tile = self.bias[m : m + BLOCK, n : n + BLOCK]
             x[: tile.shape[0], : tile.shape[1]] += tile
             x.clamp_(min=FORBIDDEN)
+        if self.slope is not None:
+            positions = torch.arange(m, m + BLOCK, device=x.device) + self.logits.offset
+            x.sub_((positions[:, None] - self.keys[n : n + BLOCK]).abs_() * self.slope)
 
 
 def heads(q: Tensor, k: Tensor, logits: Logits) -> Iterator[Head]:
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             yield Head(q, k, logits, b, h)
+
+
+def row_factors(head: Head, pivot: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Of A = exp2(x − pivot)·largest, the factors of one head's rows as columns, 0 where rows fill up a tile."""
+    return tuple(padded(x[head.b, head.h, :, None].to(head.dtype), BLOCK) for x in (pivot, largest))
 
 
 def padded(x: Tensor, block: int) -> Tensor:

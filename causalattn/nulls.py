@@ -47,6 +47,7 @@ def permutation_null(
     causal: bool = False,
     mask: Mask | Intervals | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
@@ -67,7 +68,8 @@ def permutation_null(
     in one pass over the rows and O(T) memory; a row with n_i < 2 adds no variance.
 
     Args:
-        q, k, causal, mask, bias, scale, softcap, sink, backend: as in `attention`. A bias of −∞ does not shrink J_i.
+        q, k, causal, mask, bias, alibi_slopes, scale, softcap, sink, backend: as in `attention`. A bias of −∞ does not
+            shrink J_i.
         statistic: "dag_score", "distance" (mean attention distance) or "column" (mean of A_ij at one key).
         column: the key of "column": a position, negative from the end, or "sink", the first real key of the row's own
             sequence or segment.

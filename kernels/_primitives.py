@@ -30,6 +30,24 @@ def architecture(x: torch.Tensor) -> int:
     return 10 * major + minor
 
 
+def parts(q: torch.Tensor) -> int:
+    """In how many loops tiles are taken: masked, whole and masked ones, or all of them masked.
+
+    float32 takes D multiply-adds a score, beside which a mask is nothing, and three loops would cost it registers.
+    """
+    return 1 if q.dtype == torch.float32 else 3
+
+
+def score_strides(q, k, start, bias, slopes) -> tuple[int, ...]:
+    """The strides that every kernel of masked scores takes, 0 along a shared axis: of q, k, intervals, bias, slopes."""
+    B, H, T, _ = q.shape
+    return (
+        *q.stride(), *k.stride(), start.stride(0) if start.shape[0] > 1 else 0,
+        *((0, 0, 0, 0) if bias is None else bias.expand(B, H, T, k.shape[2]).stride()),
+        *((0, 0) if slopes is None else slopes.expand(B, H).stride()),
+    )
+
+
 @triton.jit
 def load_rows(ptr, offs, count, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows offs of a [count, D] matrix, 0 beyond it: [len(offs), BLOCK_D]."""
@@ -53,6 +71,74 @@ def interval_bounds(start, stop, exists):
     inner_low = tl.max(tl.where(exists, start, 0), 0)
     inner_high = tl.min(tl.where(exists, stop, 2147483647), 0)
     return low, tl.max(stop, 0), inner_low, inner_high
+
+
+@triton.jit
+def key_tiles(start, stop, exists, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """Where the tiles of keys that some row may attend begin, where those that need no mask begin and end, the end.
+
+    With one part, where they begin and end.
+    """
+    low, high, inner_low, inner_high = interval_bounds(start, stop, exists)
+    # no row at all: low is huge and high is 0
+    low = tl.minimum(low, high) // BLOCK_N * BLOCK_N
+    high = tl.cdiv(high, BLOCK_N) * BLOCK_N
+    if PARTS == 1:
+        return low, high
+    whole_low = tl.minimum(tl.maximum(tl.cdiv(inner_low, BLOCK_N) * BLOCK_N, low), high)
+    whole_high = tl.maximum(inner_high // BLOCK_N * BLOCK_N, whole_low)
+    return low, whole_low, tl.minimum(whole_high, high), high
+
+
+@triton.jit
+def _block_bounds_kernel(start_ptr, stop_ptr, bounds_ptr, stride_ib, T, BLOCK_M: tl.constexpr):
+    blocks = tl.num_programs(0)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid_b = tl.program_id(1).to(tl.int64)
+    start, stop = load_intervals(start_ptr + pid_b * stride_ib, stop_ptr + pid_b * stride_ib, offs_m, T)
+    # a row past T counts as one that may attend nothing, so a block that holds one is never whole
+    bounds = interval_bounds(start, stop, offs_m >= 0)
+    for edge in tl.static_range(4):
+        tl.store(bounds_ptr + (pid_b * 4 + edge) * blocks + tl.program_id(0), bounds[edge])
+
+
+def block_bounds(start: torch.Tensor, stop: torch.Tensor, BLOCK_M: int) -> torch.Tensor:
+    """`interval_bounds` of every block of rows: [B or 1, 4, blocks] int32."""
+    T = start.shape[1]
+    blocks = triton.cdiv(T, BLOCK_M)
+    bounds = torch.empty(start.shape[0], 4, blocks, dtype=torch.int32, device=start.device)
+    _block_bounds_kernel[(blocks, start.shape[0])](start, stop, bounds, start.stride(0), T, BLOCK_M=BLOCK_M)
+    return bounds
+
+
+@triton.jit
+def row_tiles(bounds_ptr, blocks, first, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """Where the tiles of rows that may attend keys first… begin, where those that need no mask begin and end, the end.
+
+    bounds_ptr: `block_bounds` of one sequence. Between may lie tiles that attend none of these keys. With one part,
+    where they begin and end.
+    """
+    low, high, whole_low, whole_high, whole = blocks, 0, blocks, 0, 0
+    for c in range(0, blocks, 128):
+        block = c + tl.arange(0, 128)
+        exists = block < blocks
+        reached = exists & (tl.load(bounds_ptr + block, mask=exists, other=0) < first + BLOCK_N)
+        reached &= tl.load(bounds_ptr + blocks + block, mask=exists, other=0) > first
+        inside = exists & (tl.load(bounds_ptr + 2 * blocks + block, mask=exists, other=0) <= first)
+        inside &= tl.load(bounds_ptr + 3 * blocks + block, mask=exists, other=0) >= first + BLOCK_N
+        low = tl.minimum(low, tl.min(tl.where(reached, block, blocks), 0))
+        high = tl.maximum(high, tl.max(tl.where(reached, block + 1, 0), 0))
+        whole_low = tl.minimum(whole_low, tl.min(tl.where(inside, block, blocks), 0))
+        whole_high = tl.maximum(whole_high, tl.max(tl.where(inside, block + 1, 0), 0))
+        whole += tl.sum(inside.to(tl.int32), 0)
+    low = tl.minimum(low, high)
+    if PARTS == 1:
+        return low * BLOCK_M, high * BLOCK_M
+    # a gap among the whole tiles: none is taken for whole
+    gap = whole != whole_high - whole_low
+    whole_low = tl.where(gap, high, tl.minimum(whole_low, high))
+    whole_high = tl.where(gap, high, tl.maximum(whole_high, whole_low))
+    return low * BLOCK_M, whole_low * BLOCK_M, whole_high * BLOCK_M, high * BLOCK_M
 
 
 @triton.jit
@@ -86,12 +172,59 @@ def base2_scores(dots, scale, softcap):
 
 
 @triton.jit
-def add_bias(x, bias_ptr, offs_row, offs_key, T, S, stride_t, stride_s):
-    """x plus the bias of a tile of rows and keys, never below FORBIDDEN; offs_row and offs_key broadcast to x."""
-    ptrs = bias_ptr + offs_row.to(tl.int64) * stride_t + offs_key.to(tl.int64) * stride_s
-    bias = tl.load(ptrs, mask=(offs_row < T) & (offs_key < S), other=0.0)
-    x += bias.to(tl.float32) * LOG2E
-    return tl.where(x < FORBIDDEN, FORBIDDEN, x)
+def head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh):
+    """Where a head's bias begins, None without a bias."""
+    if bias_ptr is not None:
+        bias_ptr += pid_b * stride_bb + pid_h * stride_bh
+    return bias_ptr
+
+
+@triton.jit
+def slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh):
+    """A head's ALiBi slope in units of log 2, None without slopes."""
+    if slopes_ptr is None:
+        value = None
+    else:
+        value = tl.load(slopes_ptr + pid_b * stride_lb + pid_h * stride_lh).to(tl.float32) * LOG2E
+    return value
+
+
+@triton.jit
+def masked_scores(
+    dots, offs_row, offs_key, start, stop, T, S, offset,
+    bias_ptr, stride_bt, stride_bs, slope, scale, softcap, MASKED: tl.constexpr,
+):
+    """Base-2 scores of a tile of dot products, FORBIDDEN where MASKED and outside the interval of a row.
+
+    offs_row, start and stop lie along one axis of the tile and offs_key along the other.
+    """
+    x = base2_scores(dots, scale, softcap)
+    if bias_ptr is not None:
+        ptrs = bias_ptr + offs_row.to(tl.int64) * stride_bt + offs_key.to(tl.int64) * stride_bs
+        bias = tl.load(ptrs, mask=(offs_row < T) & (offs_key < S), other=0.0)
+        x += bias.to(tl.float32) * LOG2E
+        # no maximum: it would swallow a NaN
+        x = tl.where(x < FORBIDDEN, FORBIDDEN, x)
+    if slope is not None:
+        x -= slope * tl.abs(offs_row + offset - offs_key).to(tl.float32)
+    if MASKED:
+        x = tl.where((offs_key >= start) & (offs_key < stop), x, FORBIDDEN)
+    return x
+
+
+@triton.jit
+def row_scores(
+    q, k_ptr, offs_m, offs_n, start, stop, T, S, offset, stride_ks, stride_kd,
+    bias_ptr, stride_bt, stride_bs, slope, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):
+    """Masked base-2 scores of rows offs_m against keys offs_n, [BLOCK_M, BLOCK_N], and the keys [BLOCK_N, BLOCK_D]."""
+    k = load_rows(k_ptr, offs_n, S, stride_ks, stride_kd, D, BLOCK_D)
+    x = masked_scores(
+        dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
+        bias_ptr, stride_bt, stride_bs, slope, scale, softcap, MASKED,
+    )
+    return x, k
 
 
 @triton.jit

@@ -90,7 +90,7 @@ def to_numpy(x):
     return (x.double() if x.is_floating_point() else x).numpy()
 
 
-def plain_scores(q, k, seen, *, bias=None, scale=None, softcap=None):
+def plain_scores(q, k, seen, *, bias=None, alibi_slopes=None, scale=None, softcap=None, offset=None):
     """Masked scores [B, H, T, S] in q's dtype, one step after another as eager code takes them."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     x = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -98,14 +98,16 @@ def plain_scores(q, k, seen, *, bias=None, scale=None, softcap=None):
         x = torch.tanh(x / softcap) * softcap
     if bias is not None:
         x = x + bias.to(x.dtype)
+    if alibi_slopes is not None:
+        T, S = x.shape[2:]
+        p = torch.arange(T, device=x.device)[:, None] + (S - T if offset is None else offset)
+        x = x - alibi_slopes.to(x.dtype)[..., None, None] * (p - torch.arange(S, device=x.device)).abs()
     return x.masked_fill(~seen[:, None], -torch.inf)
 
 
-def plain_attention(q, k, v, seen, *, bias=None, scale=None, softcap=None, sink=None):
+def plain_attention(q, k, v, seen, *, sink=None, **logits):
     """out, lse and A of eager torch in q's dtype: scores in q's dtype, softmax in float32, A back in q's dtype."""
-    x = plain_scores(q, k, seen, bias=bias, scale=scale, softcap=softcap).to(
-        torch.promote_types(q.dtype, torch.float32)
-    )
+    x = plain_scores(q, k, seen, **logits).to(torch.promote_types(q.dtype, torch.float32))
     logits = x if sink is None else torch.cat([x, sink.to(x)[:, None, None].expand(*x.shape[:3], 1)], -1)
     empty = x.isneginf().all(-1)
     lse = logits.logsumexp(-1).masked_fill(empty, -torch.inf)
@@ -118,7 +120,7 @@ def plain_stats(q, k, intervals, *, columns=("sink",), **logits):
     T, S = q.shape[2], k.shape[2]
     q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     seen = intervals.to_dense(S)
-    _, lse, A = plain_attention(q, k, k, seen, **logits)
+    _, lse, A = plain_attention(q, k, k, seen, **logits, offset=intervals.offset)
     keys = torch.arange(S, device=A.device)
     p = torch.arange(T, device=A.device)[:, None] + intervals.offset
     chosen = [intervals.first if c == "sink" else torch.full_like(intervals.first, c % S) for c in columns]

@@ -26,7 +26,7 @@ from causalattn import attention, causal, full, intervals, packed, padding, slid
 from causalattn.reference.attention import attention as reference
 
 # the package's own name attention is the function
-module = sys.modules["causalattn.attention"]
+forward = sys.modules["causalattn.attention.forward"]
 
 
 def check(backend, q, k, v, mask, **logits):
@@ -61,9 +61,10 @@ def test_matches_float64_where_packed(backend, shape, name, seed):
     bias=st.sampled_from([None, (1, 1), (-1, 1), (1, -1)]),
     softcap=st.sampled_from([None, 0.7, 30.0]),
     sink=st.sampled_from([None, -3.0, 40.0]),
+    slopes=st.sampled_from([None, (), ("B",)]),
     seed=SEEDS,
 )
-def test_bias_softcap_and_sink(backend, shape, bias, softcap, sink, seed):
+def test_bias_slopes_softcap_and_sink(backend, shape, bias, softcap, sink, slopes, seed):
     q, k, v = make_qkv(*shape, seed=seed, scale=2.0)
     generator = torch.Generator().manual_seed(seed)
     if bias is not None:
@@ -71,7 +72,9 @@ def test_bias_softcap_and_sink(backend, shape, bias, softcap, sink, seed):
         bias = torch.randn(B, H, shape.T, shape.S, generator=generator).to(DEVICE)
         bias[..., 0, :] = -torch.inf
     sink = None if sink is None else torch.full((shape.H,), sink, device=DEVICE)
-    options = {"bias": bias, "softcap": softcap, "sink": sink, "scale": 0.3}
+    if slopes is not None:
+        slopes = torch.rand(*(shape.B for _ in slopes), shape.H, generator=generator).to(DEVICE)
+    options = {"bias": bias, "alibi_slopes": slopes, "softcap": softcap, "sink": sink, "scale": 0.3}
     check(backend, q, k, v, causal(), **{name: x for name, x in options.items() if x is not None})
 
 
@@ -237,8 +240,10 @@ def test_a_mask_shifted_by_one_is_caught(backend):
 def test_operator_contract():
     q, k, v = make_qkv(2, 4, 2, 9, 20, 16)
     start, stop, _, offset = (causal() & padding([20, 7])).resolve(9, 20, device=DEVICE)
-    bias, sink = torch.randn(2, 4, 9, 20, device=DEVICE), torch.randn(4, device=DEVICE)
-    torch.library.opcheck(module._attention, (q, k, v, start, stop, offset, bias, 0.2, 5.0, sink, True, "torch"))
+    bias, slopes, sink = torch.randn(2, 1, 9, 20, device=DEVICE), torch.rand(1, 4, device=DEVICE), torch.randn(4)
+    torch.library.opcheck(
+        forward.attend, (q, k, v, start, stop, offset, bias, slopes, 0.2, 5.0, sink, torch.float32, "torch")
+    )
 
 
 def test_compiles_once_for_every_length():
@@ -274,6 +279,25 @@ GOOD = torch.zeros(2, 4, 5, 16)
         (ValueError, "softcap must be positive, got -1", (GOOD, GOOD, GOOD), {"softcap": -1.0}),
         (ValueError, r"sink must have shape \[4\], got \[3\]", (GOOD, GOOD, GOOD), {"sink": torch.zeros(3)}),
         (ValueError, r"bias must broadcast to \[2, 4, 5, 5\]", (GOOD, GOOD, GOOD), {"bias": torch.zeros(5, 6)}),
+        (
+            ValueError,
+            r"alibi_slopes must have shape \[4\] or \[2, 4\], got \[3\]",
+            (GOOD, GOOD, GOOD),
+            {"alibi_slopes": torch.ones(3)},
+        ),
+        (TypeError, "alibi_slopes must be floating point", (GOOD, GOOD, GOOD), {"alibi_slopes": torch.ones(4).long()}),
+        (
+            NotImplementedError,
+            "alibi_slopes have no gradient",
+            (GOOD, GOOD, GOOD),
+            {"alibi_slopes": torch.ones(4, requires_grad=True)},
+        ),
+        (
+            TypeError,
+            "probs_dtype must be torch.float32",
+            (GOOD, GOOD, GOOD),
+            {"return_probs": True, "probs_dtype": torch.half},
+        ),
         (TypeError, "bias must be floating point", (GOOD, GOOD, GOOD), {"bias": torch.zeros(5, 5, dtype=torch.int)}),
         (TypeError, "mask must be a causalattn Mask", (GOOD, GOOD, GOOD), {"mask": torch.ones(5, 5)}),
         (ValueError, "mask must be for", (GOOD, GOOD, GOOD), {"mask": causal().resolve(6, 6)}),

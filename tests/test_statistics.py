@@ -75,9 +75,10 @@ def test_square_statistics_match_float64(backend, shape, name, seed):
 
 @pytest.mark.parametrize("backend", PATHS)
 @given(shape=shapes(square=True), softcap=st.sampled_from([None, 0.7]), sink=st.sampled_from([None, 2.0]), seed=SEEDS)
-def test_bias_softcap_and_sink(backend, shape, softcap, sink, seed):
+def test_bias_slopes_softcap_and_sink(backend, shape, softcap, sink, seed):
     q, k, _ = make_qkv(*shape, seed=seed)
     options = {"bias": torch.randn(shape.T, shape.T, generator=torch.Generator().manual_seed(seed)).to(DEVICE)}
+    options["alibi_slopes"] = torch.rand(shape.H, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     options |= {} if softcap is None else {"softcap": softcap}
     options |= {} if sink is None else {"sink": torch.full((shape.H,), sink, device=DEVICE)}
     check(backend, q, k, ca.causal(), ca.AttentionStats._fields, **options)
@@ -270,12 +271,12 @@ if sys.platform == "linux":
 def test_operator_contracts():
     q, k, _ = make_qkv(2, 4, 2, 20, 20, 16)
     start, stop, first, offset = (ca.causal() & ca.padding([20, 7])).resolve(20, 20, device=DEVICE)
-    bias, sink = torch.randn(2, 4, 20, 20, device=DEVICE), torch.randn(4, device=DEVICE)
+    bias, slopes = torch.randn(2, 1, 20, 20, device=DEVICE), torch.rand(1, 4, device=DEVICE)
+    logits = (q, k, start, stop, offset, bias, slopes, 0.2, 5.0, torch.randn(4, device=DEVICE))
     names = " ".join(rows.ROWS)
-    torch.library.opcheck(rows.row_statistics, (q, k, start, stop, offset, bias, 0.2, 5.0, sink, names, "torch"))
-    packed = rows.row_statistics(q, k, start, stop, offset, bias, 0.2, 5.0, sink, names, "torch")
-    pivot, largest = packed[-1].clone(), packed[1].clone()
-    masked = (q, k, start, stop, bias, 0.2, 5.0, pivot, largest)
+    torch.library.opcheck(rows.row_statistics, (*logits, names, "torch"))
+    packed = rows.row_statistics(*logits, names, "torch")
+    masked = (*logits, packed[-1].clone(), packed[1].clone())
     torch.library.opcheck(received.received, (*masked, "torch"))
     torch.library.opcheck(pairs.pair_statistics, (*masked, "torch"))
     torch.library.opcheck(chosen.chosen_probs, (*masked, first[..., None], "torch"))

@@ -16,6 +16,7 @@ def attention_stats(
     offset: int | None = None,
     columns: Sequence[int | str] = ("sink",),
     bias: np.ndarray | None = None,
+    alibi_slopes: np.ndarray | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink: np.ndarray | None = None,
@@ -24,7 +25,7 @@ def attention_stats(
 
     seen bool [B or 1, T, S]; first [B or 1, T], each row's sink, 0 by default; offset: query i sits at offset + i.
     """
-    logits = {"bias": bias, "scale": scale, "softcap": softcap}
+    logits = {"bias": bias, "alibi_slopes": alibi_slopes, "scale": scale, "softcap": softcap, "offset": offset}
     _, lse, A = attention(q, k, k, seen, **logits, sink=sink)
     x = np.where(seen[:, None], scores(q, k, seen, **logits), 0.0)
     entropy = A * (np.where(np.isneginf(lse), 0.0, lse)[..., None] - x)

@@ -57,6 +57,7 @@ def attention_stats(
     causal: bool = False,
     mask: Mask | Intervals | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
@@ -76,7 +77,7 @@ def attention_stats(
     Under a causal mask dag_score is 1 − mean(diag) whatever the model learnt: see `permutation_null`.
 
     Args:
-        q, k, causal, mask, bias, scale, softcap, sink, backend: as in `attention`.
+        q, k, causal, mask, bias, alibi_slopes, scale, softcap, sink, backend: as in `attention`.
         want: "all", or names of the statistics; by default those of a row and dag_score.
         columns: the j of `columns`: key positions, negative from the end, or "sink", the first real key of the row's
             own sequence or segment.
@@ -101,25 +102,26 @@ def attention_stats(
         check_square("net_flow and asymmetry", q, k)
     intervals = resolve_mask(q, k, mask, causal)
     chosen = _chosen_keys(columns, intervals, k.shape[2])
-    logits = resolve_logits(q, k, intervals, bias=bias, scale=scale, softcap=softcap, sink=sink)
+    logits = resolve_logits(
+        q, k, intervals, bias=bias, alibi_slopes=alibi_slopes, scale=scale, softcap=softcap, sink=sink
+    )
 
     rows = _rows(q, k, logits, want, backend)
     stats = {name: value for name, value in rows.items() if name in want}
-    masked = (logits.start, logits.stop, logits.bias, logits.scale, logits.softcap)
     factors = (rows.get("pivot"), rows.get("max"))
     if want & {"diag", "columns"}:
         picked = torch.cat([_diagonal(intervals)] * ("diag" in want) + [chosen] * ("columns" in want), -1)
-        probs = chosen_probs(q, k, *masked, *factors, picked, backend)
+        probs = chosen_probs(q, k, *logits, *factors, picked, backend)
         if "diag" in want:
             stats["diag"], probs = probs[..., 0], probs[..., 1:]
         if "columns" in want:
             stats["columns"] = probs
     if want & {"received", "received_mean", "net_flow", "asymmetry"}:
-        stats |= _columns(received_pass(q, k, *masked, *factors, backend), rows["mass"], intervals)
+        stats |= _columns(received_pass(q, k, *logits, *factors, backend), rows["mass"], intervals)
     if "dag_score" in want:
         stats["dag_score"] = _share(rows["below"], rows["mass"])
     if "asymmetry" in want:
-        pairs = pair_statistics(q, k, *masked, *factors, backend)
+        pairs = pair_statistics(q, k, *logits, *factors, backend)
         stats["asymmetry"] = _asymmetry(*pairs.unbind(), rows["sum_sq"], stats["net_flow"])
     return AttentionStats(**{name: value for name, value in stats.items() if name in want})
 
@@ -131,6 +133,7 @@ def dag_score(
     causal: bool = False,
     mask: Mask | Intervals | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
@@ -156,7 +159,8 @@ def dag_score(
         >>> dag_score(q, k)
         tensor([[0.3750]])
     """
-    options = {"causal": causal, "mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sink": sink}
+    options = {"causal": causal, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "scale": scale}
+    options |= {"softcap": softcap, "sink": sink}
     return attention_stats(q, k, want=("dag_score",), **options, backend=backend).dag_score
 
 
@@ -167,6 +171,7 @@ def asymmetry(
     causal: bool = False,
     mask: Mask | Intervals | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
@@ -191,7 +196,8 @@ def asymmetry(
         >>> asymmetry(q, k).frobenius
         tensor([[0.]])
     """
-    options = {"causal": causal, "mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sink": sink}
+    options = {"causal": causal, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "scale": scale}
+    options |= {"softcap": softcap, "sink": sink}
     return attention_stats(q, k, want=("asymmetry",), **options, backend=backend).asymmetry
 
 

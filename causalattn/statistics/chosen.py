@@ -16,9 +16,12 @@ def chosen_probs(
     k: Tensor,
     start: Tensor,
     stop: Tensor,
+    offset: int,
     bias: Tensor | None,
+    slopes: Tensor | None,
     scale: float,
     softcap: float,
+    sink: Tensor | None,
     pivot: Tensor,
     largest: Tensor,
     chosen: Tensor,
@@ -28,12 +31,14 @@ def chosen_probs(
     if use_triton(backend, q):
         from ..kernels.statistics.chosen import chosen_probs_fwd
 
-        return chosen_probs_fwd(q, k, start, stop, bias, scale, softcap, pivot, largest, chosen)
-    return _chosen_probs_torch(q, k, Logits(start, stop, 0, bias, scale, softcap, None), pivot, largest, chosen)
+        return chosen_probs_fwd(q, k, start, stop, offset, bias, slopes, scale, softcap, pivot, largest, chosen)
+    return _chosen_probs_torch(
+        q, k, Logits(start, stop, offset, bias, slopes, scale, softcap, sink), pivot, largest, chosen
+    )
 
 
 @chosen_probs.register_fake
-def _(q, k, start, stop, bias, scale, softcap, pivot, largest, chosen, backend):
+def _(q, k, start, stop, offset, bias, slopes, scale, softcap, sink, pivot, largest, chosen, backend):
     return q.new_empty(*q.shape[:3], chosen.shape[2], dtype=accumulator(q))
 
 
@@ -44,6 +49,9 @@ def _chosen_probs_torch(q: Tensor, k: Tensor, logits: Logits, pivot: Tensor, lar
     if k.shape[2] == 0:
         return result
     start, stop, chosen = (x.expand(B, *x.shape[1:]) for x in (logits.start, logits.stop, chosen))
+    positions = torch.arange(T, device=q.device)[:, None] + logits.offset
+    bias = None if logits.bias is None else logits.bias.expand(B, H, T, k.shape[2])
+    slopes = None if logits.slopes is None else logits.slopes.double().expand(B, H)
     for b in range(B):
         for h in range(H):
             keys = k[b, h // (H // k.shape[1])]
@@ -56,8 +64,10 @@ def _chosen_probs_torch(q: Tensor, k: Tensor, logits: Logits, pivot: Tensor, lar
                 x = torch.linalg.vecdot(q[b, h, rows, None].double(), keys[j].double()) * logits.scale
                 if logits.softcap > 0:
                     x = torch.tanh(x / logits.softcap) * logits.softcap
-                if logits.bias is not None:
-                    x = x + logits.bias[b, h, rows].gather(1, j)
+                if bias is not None:
+                    x = x + bias[b, h, rows].gather(1, j)
+                if slopes is not None:
+                    x = x - slopes[b, h] * (positions[rows] - j).abs()
                 p = torch.exp2(x * LOG2E - pivot[b, h, rows, None]) * largest[b, h, rows, None]
                 result[b, h, rows] = p.masked_fill(~seen, 0)
     return result

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .._checks import Logits
-from .._tiles import BLOCK, Head, heads
-from .received import row_factors
+from .._tiles import BLOCK, Head, heads, row_factors
 
 PAIRS = ("difference_sq", "l1", "max")
 
@@ -17,9 +16,12 @@ def pair_statistics(
     k: Tensor,
     start: Tensor,
     stop: Tensor,
+    offset: int,
     bias: Tensor | None,
+    slopes: Tensor | None,
     scale: float,
     softcap: float,
+    sink: Tensor | None,
     pivot: Tensor,
     largest: Tensor,
     backend: str,
@@ -28,12 +30,12 @@ def pair_statistics(
     if use_triton(backend, q):
         from ..kernels.statistics.pairs import pair_statistics_fwd
 
-        return pair_statistics_fwd(q, k, start, stop, bias, scale, softcap, pivot, largest)
-    return _pair_statistics_torch(q, k, Logits(start, stop, 0, bias, scale, softcap, None), pivot, largest)
+        return pair_statistics_fwd(q, k, start, stop, offset, bias, slopes, scale, softcap, pivot, largest)
+    return _pair_statistics_torch(q, k, Logits(start, stop, offset, bias, slopes, scale, softcap, sink), pivot, largest)
 
 
 @pair_statistics.register_fake
-def _(q, k, start, stop, bias, scale, softcap, pivot, largest, backend):
+def _(q, k, start, stop, offset, bias, slopes, scale, softcap, sink, pivot, largest, backend):
     return q.new_empty(len(PAIRS), *q.shape[:2], dtype=accumulator(q))
 
 
@@ -61,7 +63,7 @@ def _difference(head: Head, factors: tuple[Tensor, Tensor], m: int, n: int) -> T
     if not head.reached(m, n):
         return _mirror(head, factors, m, n) if head.reached(n, m) else None
     pivot, largest = (x[m : m + BLOCK] for x in factors)
-    a = head.exponents(head.scores(m, n), pivot).exp2_().mul_(largest)
+    a = head.probs(m, n, pivot, largest)
     return a.sub_(_mirror(head, factors, m, n)) if head.reached(n, m) else a
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .._checks import Logits
-from .._tiles import BLOCK, Head, heads, padded
+from .._tiles import BLOCK, heads, row_factors
 
 
 @torch.library.custom_op("causalattn::received", mutates_args=())
@@ -14,9 +14,12 @@ def received(
     k: Tensor,
     start: Tensor,
     stop: Tensor,
+    offset: int,
     bias: Tensor | None,
+    slopes: Tensor | None,
     scale: float,
     softcap: float,
+    sink: Tensor | None,
     pivot: Tensor,
     largest: Tensor,
     backend: str,
@@ -25,12 +28,12 @@ def received(
     if use_triton(backend, q):
         from ..kernels.statistics.received import received_fwd
 
-        return received_fwd(q, k, start, stop, bias, scale, softcap, pivot, largest)
-    return _received_torch(q, k, Logits(start, stop, 0, bias, scale, softcap, None), pivot, largest)
+        return received_fwd(q, k, start, stop, offset, bias, slopes, scale, softcap, pivot, largest)
+    return _received_torch(q, k, Logits(start, stop, offset, bias, slopes, scale, softcap, sink), pivot, largest)
 
 
 @received.register_fake
-def _(q, k, start, stop, bias, scale, softcap, pivot, largest, backend):
+def _(q, k, start, stop, offset, bias, slopes, scale, softcap, sink, pivot, largest, backend):
     return q.new_empty(*q.shape[:2], k.shape[2], dtype=accumulator(q))
 
 
@@ -41,12 +44,6 @@ def _received_torch(q: Tensor, k: Tensor, logits: Logits, pivot: Tensor, largest
         total = torch.zeros(head.k.shape[0], dtype=torch.float64, device=q.device)
         for m in head.row_blocks():
             for n in head.key_blocks(m):
-                p = head.exponents(head.scores(m, n), rows[m : m + BLOCK]).exp2_()
-                total[n : n + BLOCK] += p.mul_(weights[m : m + BLOCK]).sum(0)
+                total[n : n + BLOCK] += head.probs(m, n, rows[m : m + BLOCK], weights[m : m + BLOCK]).sum(0)
         result[head.b, head.h] = total[: head.S]
     return result
-
-
-def row_factors(head: Head, pivot: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Of A = exp2(x − pivot)·largest, the factors of one head's rows as columns, 0 where rows fill up a tile."""
-    return tuple(padded(x[head.b, head.h, :, None].to(head.dtype), BLOCK) for x in (pivot, largest))

@@ -19,6 +19,7 @@ def row_statistics(
     stop: Tensor,
     offset: int,
     bias: Tensor | None,
+    slopes: Tensor | None,
     scale: float,
     softcap: float,
     sink: Tensor | None,
@@ -26,7 +27,7 @@ def row_statistics(
     backend: str,
 ) -> Tensor:
     """The statistics named in want, separated by spaces and in the order of ROWS: [wanted, B, H, T]."""
-    logits = Logits(start, stop, offset, bias, scale, softcap, sink)
+    logits = Logits(start, stop, offset, bias, slopes, scale, softcap, sink)
     if use_triton(backend, q):
         from ..kernels.statistics.rows import row_statistics_fwd
 
@@ -35,7 +36,7 @@ def row_statistics(
 
 
 @row_statistics.register_fake
-def _(q, k, start, stop, offset, bias, scale, softcap, sink, want, backend):
+def _(q, k, start, stop, offset, bias, slopes, scale, softcap, sink, want, backend):
     return q.new_empty(len(want.split()), *q.shape[:3], dtype=accumulator(q))
 
 

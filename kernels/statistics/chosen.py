@@ -3,7 +3,7 @@
     out[b, h, i, c] = A_ij = exp2(S_ij / log 2 − pivot_i)·largest_i at j = chosen[b, i, c], 0 where i may not attend j
 
 Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32,
-bias [B, H, T, S], pivot and largest [B, H, T],
+bias [B or 1, H or 1, T or 1, S or 1], slopes [B or 1, H], pivot and largest [B, H, T],
 chosen [B or 1, T, n] int32, out [B, H, T, n] float32.
 Precision: float32 throughout. Cost: one row of k a chosen key; bound by reading k.
 """
@@ -12,20 +12,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .._primitives import add_bias, base2_scores, load_intervals, load_rows
+from .._primitives import head_bias, load_intervals, load_rows, masked_scores, score_strides, slope
 
 BLOCK_M = 32
 
 
-@triton.jit(do_not_specialize=["T", "S", "N", "scale", "softcap"])
+@triton.jit(do_not_specialize=["T", "S", "N", "offset", "scale", "softcap"])
 def _chosen_probs_kernel(
-    q_ptr, k_ptr, start_ptr, stop_ptr, bias_ptr, pivot_ptr, largest_ptr, chosen_ptr, out_ptr,
+    q_ptr, k_ptr, start_ptr, stop_ptr, bias_ptr, slopes_ptr, pivot_ptr, largest_ptr, chosen_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_ib,
     stride_bb, stride_bh, stride_bt, stride_bs,
+    stride_lb, stride_lh,
     stride_cb, stride_ct, stride_cn,
-    H, GROUP, T, S, N, scale, softcap,
+    H, GROUP, T, S, N, offset, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     blocks = tl.cdiv(T, BLOCK_M)
@@ -40,14 +41,16 @@ def _chosen_probs_kernel(
     pivot = tl.load(pivot_ptr + pid_bh * T + rows, mask=mask_m, other=0.0)
     largest = tl.load(largest_ptr + pid_bh * T + rows, mask=mask_m, other=0.0)
     k_ptr += pid_b * stride_kb + pid_h // GROUP * stride_kh
+    bias_ptr = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
+    alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
     for c in range(N):
         j = tl.load(chosen_ptr + pid_b * stride_cb + rows * stride_ct + c * stride_cn, mask=mask_m, other=0)
         seen = (j >= start) & (j < stop)
         j = tl.where(seen, j, 0)
         k = load_rows(k_ptr, j, S, stride_ks, stride_kd, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-        x = base2_scores(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1), scale, softcap)
-        if bias_ptr is not None:
-            x = add_bias(x, bias_ptr + pid_b * stride_bb + pid_h * stride_bh, offs_m, j, T, S, stride_bt, stride_bs)
+        x = masked_scores(
+            tl.sum(q.to(tl.float32) * k.to(tl.float32), 1), offs_m, j, start, stop, T, S, offset,
+            bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, False)
         p = tl.where(seen, tl.exp2(x - pivot) * largest, 0.0)
         tl.store(out_ptr + (pid_bh * T + rows) * N + c, p, mask=mask_m)
 
@@ -57,7 +60,9 @@ def chosen_probs_fwd(
     k: torch.Tensor,
     start: torch.Tensor,
     stop: torch.Tensor,
+    offset: int,
     bias: torch.Tensor | None,
+    slopes: torch.Tensor | None,
     scale: float,
     softcap: float,
     pivot: torch.Tensor,
@@ -70,11 +75,10 @@ def chosen_probs_fwd(
     if out.numel() == 0:
         return out
     _chosen_probs_kernel[(triton.cdiv(T, BLOCK_M) * B * H,)](
-        q, k, start, stop, bias, pivot.contiguous(), largest.contiguous(), chosen, out,
-        *q.stride(), *k.stride(), start.stride(0) if start.shape[0] > 1 else 0,
-        *((0, 0, 0, 0) if bias is None else bias.stride()),
+        q, k, start, stop, bias, slopes, pivot.contiguous(), largest.contiguous(), chosen, out,
+        *score_strides(q, k, start, bias, slopes),
         chosen.stride(0) if chosen.shape[0] > 1 else 0, *chosen.stride()[1:],
-        H, H // k.shape[1], T, S, N, scale, softcap or None,
+        H, H // k.shape[1], T, S, N, offset, scale, softcap or None,
         D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_M=BLOCK_M, enable_fp_fusion=True,
     )
     return out

@@ -3,7 +3,7 @@
     c_j = Σ_i A_ij = Σ_i exp2(S_ij / log 2 − pivot_i)·largest_i
 
 Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32,
-bias [B, H, T, S], pivot and largest [B, H, T];
+bias [B or 1, H or 1, T or 1, S or 1], slopes [B or 1, H], pivot and largest [B, H, T];
 out [B, H, S] float32.
 Precision: float32 scores in base 2; sums float32 in a tile, float64 across tiles; no atomics, one order.
 Cost: 2·D flops and one exp2 a score, no running maximum.
@@ -14,15 +14,18 @@ import triton
 import triton.language as tl
 
 from .._primitives import (
-    FORBIDDEN,
     Launch,
-    add_bias,
     architecture,
-    base2_scores,
+    block_bounds,
     dot,
-    interval_bounds,
+    head_bias,
     load_intervals,
     load_rows,
+    masked_scores,
+    parts,
+    row_tiles,
+    score_strides,
+    slope,
 )
 
 
@@ -37,15 +40,17 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
     return Launch(64, 128, 8, 3) if arch in (90, 100) else Launch(64, 64, 4, 2)
 
 
-@triton.jit(do_not_specialize=["T", "S", "scale", "softcap"])
+@triton.jit(do_not_specialize=["T", "S", "offset", "scale", "softcap"])
 def _received_kernel(
-    q_ptr, k_ptr, start_ptr, stop_ptr, bias_ptr, pivot_ptr, largest_ptr, out_ptr,
+    q_ptr, k_ptr, start_ptr, stop_ptr, bounds_ptr, bias_ptr, slopes_ptr, pivot_ptr, largest_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_ib,
     stride_bb, stride_bh, stride_bt, stride_bs,
-    H, GROUP, T, S, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_lb, stride_lh,
+    stride_eb,
+    H, GROUP, T, S, offset, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):
     blocks = tl.cdiv(S, BLOCK_N)
     pid_n = tl.program_id(0) % blocks
@@ -61,22 +66,21 @@ def _received_kernel(
     start_ptr += pid_b * stride_ib
     stop_ptr += pid_b * stride_ib
 
+    bias_ptr = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
+    alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
+
     received = tl.zeros([BLOCK_N], tl.float64)
-    for m in range(0, T, BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < T
-        start, stop = load_intervals(start_ptr, stop_ptr, offs_m, T)
-        low, high, inner_low, inner_high = interval_bounds(start, stop, mask_m)
-        if (low < first + BLOCK_N) & (high > first):
+    edges = row_tiles(bounds_ptr + pid_b * stride_eb, tl.cdiv(T, BLOCK_M), first, BLOCK_M, BLOCK_N, PARTS)
+    for part in tl.static_range(PARTS):
+        for m in range(edges[part], edges[part + 1], BLOCK_M):
+            offs_m = m + tl.arange(0, BLOCK_M)
+            start, stop = load_intervals(start_ptr, stop_ptr, offs_m, T)
             q = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            pivot = tl.load(pivot_ptr + offs_m, mask=mask_m, other=0.0)
-            largest = tl.load(largest_ptr + offs_m, mask=mask_m, other=0.0)
-            x = base2_scores(dot(k, tl.trans(q)), scale, softcap)  # [BLOCK_N, BLOCK_M]
-            if bias_ptr is not None:
-                tile_ptr = bias_ptr + pid_b * stride_bb + pid_h * stride_bh
-                x = add_bias(x, tile_ptr, offs_m[None, :], offs_n[:, None], T, S, stride_bt, stride_bs)
-            if (first < inner_low) | (first + BLOCK_N > inner_high) | (m + BLOCK_M > T):
-                x = tl.where((offs_n[:, None] >= start[None, :]) & (offs_n[:, None] < stop[None, :]), x, FORBIDDEN)
+            pivot = tl.load(pivot_ptr + offs_m, mask=offs_m < T, other=0.0)
+            largest = tl.load(largest_ptr + offs_m, mask=offs_m < T, other=0.0)
+            x = masked_scores(
+                dot(k, tl.trans(q)), offs_m[None, :], offs_n[:, None], start[None, :], stop[None, :], T, S, offset,
+                bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, part != 1)  # [BLOCK_N, BLOCK_M]
             received += tl.sum(tl.exp2(x - pivot[None, :]) * largest[None, :], 1)
 
     tl.store(out_ptr + pid_bh * S + offs_n, received.to(tl.float32), mask=offs_n < S)
@@ -87,7 +91,9 @@ def received_fwd(
     k: torch.Tensor,
     start: torch.Tensor,
     stop: torch.Tensor,
+    offset: int,
     bias: torch.Tensor | None,
+    slopes: torch.Tensor | None,
     scale: float,
     softcap: float,
     pivot: torch.Tensor,
@@ -96,14 +102,14 @@ def received_fwd(
     B, H, T, D = q.shape
     S = k.shape[2]
     out = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
-        return out
+    if out.numel() == 0 or T == 0:
+        return out.zero_()
     tiles = launch(D, q.element_size(), architecture(q))
+    bounds = block_bounds(start, stop, tiles.BLOCK_M)
     _received_kernel[(triton.cdiv(S, tiles.BLOCK_N) * B * H,)](
-        q, k, start, stop, bias, pivot.contiguous(), largest.contiguous(), out,
-        *q.stride(), *k.stride(), start.stride(0) if start.shape[0] > 1 else 0,
-        *((0, 0, 0, 0) if bias is None else bias.stride()),
-        H, H // k.shape[1], T, S, scale, softcap or None,
-        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), **tiles._asdict(), enable_fp_fusion=True,
+        q, k, start, stop, bounds, bias, slopes, pivot.contiguous(), largest.contiguous(), out,
+        *score_strides(q, k, start, bias, slopes), bounds.stride(0) if start.shape[0] > 1 else 0,
+        H, H // k.shape[1], T, S, offset, scale, softcap or None,
+        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), PARTS=parts(q), **tiles._asdict(), enable_fp_fusion=True,
     )
     return out

@@ -3,7 +3,8 @@
     lse_i = log Σ_j e^{S_ij};  max_j A_ij;  mass_i = Σ_j A_ij;  entropy_i = Σ_j A_ij (lse_i − S_ij);
     sum_sq_i = Σ_j A_ij²;  below_i = Σ_{j < p_i} A_ij;  distance_i = Σ_j A_ij |p_i − j|;  pivot_i = max_j S_ij / log 2
 
-Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32, bias [B, H, T, S], sink [H];
+Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32, bias [B or 1, H or 1, T or 1, S or 1],
+slopes [B or 1, H], sink [H];
 out [wanted, B, H, T] float32. A statistic's slot in out is a constexpr, −1 where it is not wanted and not computed.
 Precision: float32 scores in base 2 (float32 inputs by exact dots), sums float32 in a tile and float64 across tiles.
 Cost: 2·D flops and one exp2 a score; at D ≤ 64 the exponentials are the bound.
@@ -15,18 +16,19 @@ import triton.language as tl
 
 from .._primitives import (
     FLOOR,
-    FORBIDDEN,
     LN2,
     LOG2E,
     Launch,
-    add_bias,
     architecture,
-    base2_scores,
-    dot,
-    interval_bounds,
+    head_bias,
+    key_tiles,
     load_intervals,
     load_rows,
     normalizer,
+    parts,
+    row_scores,
+    score_strides,
+    slope,
 )
 
 ROWS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "distance", "pivot")
@@ -43,14 +45,15 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
 
 @triton.jit(do_not_specialize=["T", "S", "offset", "scale", "softcap"])
 def _row_statistics_kernel(
-    q_ptr, k_ptr, start_ptr, stop_ptr, bias_ptr, sink_ptr, out_ptr,
+    q_ptr, k_ptr, start_ptr, stop_ptr, bias_ptr, slopes_ptr, sink_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_ib,
     stride_bb, stride_bh, stride_bt, stride_bs,
+    stride_lb, stride_lh,
     stride_on, stride_ob,
     H, GROUP, T, S, offset, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
     LSE: tl.constexpr, MAX: tl.constexpr, MASS: tl.constexpr, ENTROPY: tl.constexpr,
     SUM_SQ: tl.constexpr, BELOW: tl.constexpr, DISTANCE: tl.constexpr, PIVOT: tl.constexpr,
 ):
@@ -63,38 +66,37 @@ def _row_statistics_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < T
     start, stop = load_intervals(start_ptr + pid_b * stride_ib, stop_ptr + pid_b * stride_ib, offs_m, T)
-    low, high, inner_low, inner_high = interval_bounds(start, stop, mask_m)
+    edges = key_tiles(start, stop, mask_m, BLOCK_N, PARTS)
     q = load_rows(q_ptr + pid_b * stride_qb + pid_h * stride_qh, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
     k_ptr += pid_b * stride_kb + pid_h // GROUP * stride_kh
+    bias_ptr = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
+    alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
     position = offs_m + offset
 
     m_i = tl.full([BLOCK_M], FLOOR, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float64)
     entropy, sum_sq, below, distance = l_i, l_i, l_i, l_i
-    for n in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, offs_n, S, stride_ks, stride_kd, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        x = base2_scores(dot(q, tl.trans(k)), scale, softcap)  # [BLOCK_M, BLOCK_N]
-        if bias_ptr is not None:
-            tile_ptr = bias_ptr + pid_b * stride_bb + pid_h * stride_bh
-            x = add_bias(x, tile_ptr, offs_m[:, None], offs_n[None, :], T, S, stride_bt, stride_bs)
-        if (n < inner_low) | (n + BLOCK_N > inner_high):
-            x = tl.where((offs_n[None, :] >= start[:, None]) & (offs_n[None, :] < stop[:, None]), x, FORBIDDEN)
-        m_new = tl.maximum(m_i, tl.max(x, 1))
-        grown = (m_new - m_i).to(tl.float64)
-        alpha = tl.exp2(m_i - m_new).to(tl.float64)
-        x -= m_new[:, None]
-        p = tl.exp2(x)
-        if ENTROPY >= 0:
-            entropy = (entropy + grown * l_i) * alpha - tl.sum(p * x, 1)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        if SUM_SQ >= 0:
-            sum_sq = sum_sq * alpha * alpha + tl.sum(p * p, 1)
-        if BELOW >= 0:
-            below = below * alpha + tl.sum(tl.where(offs_n[None, :] < position[:, None], p, 0.0), 1)
-        if DISTANCE >= 0:
-            distance = distance * alpha + tl.sum(p * tl.abs(position[:, None] - offs_n[None, :]).to(tl.float32), 1)
-        m_i = m_new
+    for part in tl.static_range(PARTS):
+        for n in range(edges[part], edges[part + 1], BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N)
+            x, _ = row_scores(
+                q, k_ptr, offs_m, offs_n, start, stop, T, S, offset, stride_ks, stride_kd,
+                bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, D, BLOCK_D, part != 1)  # [BLOCK_M, BLOCK_N]
+            m_new = tl.maximum(m_i, tl.max(x, 1))
+            grown = (m_new - m_i).to(tl.float64)
+            alpha = tl.exp2(m_i - m_new).to(tl.float64)
+            x -= m_new[:, None]
+            p = tl.exp2(x)
+            if ENTROPY >= 0:
+                entropy = (entropy + grown * l_i) * alpha - tl.sum(p * x, 1)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            if SUM_SQ >= 0:
+                sum_sq = sum_sq * alpha * alpha + tl.sum(p * p, 1)
+            if BELOW >= 0:
+                below = below * alpha + tl.sum(tl.where(offs_n[None, :] < position[:, None], p, 0.0), 1)
+            if DISTANCE >= 0:
+                distance = distance * alpha + tl.sum(p * tl.abs(position[:, None] - offs_n[None, :]).to(tl.float32), 1)
+            m_i = m_new
 
     sink = None
     if sink_ptr is not None:
@@ -129,6 +131,7 @@ def row_statistics_fwd(
     stop: torch.Tensor,
     offset: int,
     bias: torch.Tensor | None,
+    slopes: torch.Tensor | None,
     scale: float,
     softcap: float,
     sink: torch.Tensor | None,
@@ -141,12 +144,11 @@ def row_statistics_fwd(
         return out
     tiles = launch(D, q.element_size(), architecture(q))
     _row_statistics_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
-        q, k, start, stop, bias, sink, out,
-        *q.stride(), *k.stride(), start.stride(0) if start.shape[0] > 1 else 0,
-        *((0, 0, 0, 0) if bias is None else bias.stride()), out.stride(0), T,
+        q, k, start, stop, bias, slopes, sink, out,
+        *score_strides(q, k, start, bias, slopes), out.stride(0), T,
         H, H // k.shape[1], T, S, offset, scale, softcap or None,
         D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
         **{name.upper(): want.index(name) if name in want else -1 for name in ROWS},
-        **tiles._asdict(), enable_fp_fusion=True,
+        PARTS=parts(q), **tiles._asdict(), enable_fp_fusion=True,
     )
     return out
