@@ -117,6 +117,38 @@ def heads(q: Tensor, k: Tensor, logits: Logits) -> Iterator[Head]:
             yield Head(q, k, logits, b, h)
 
 
+class ScoreGradients:
+    """Gradients of q, k and, if asked for, bias, in the accumulation dtype, from those of tiles of masked scores."""
+
+    def __init__(self, q: Tensor, k: Tensor, logits: Logits, bias: bool):
+        self.q, self.k = (x.new_zeros(x.shape, dtype=accumulator(x)) for x in (q, k))
+        self.bias = logits.bias.new_zeros(logits.bias.shape, dtype=accumulator(q)) if bias else None
+
+    def add(self, head: Head, m: int, n: int, grad: Tensor) -> None:
+        """Take in the gradient of rows m… and keys n…, [BLOCK, BLOCK], 0 where forbidden; it is overwritten."""
+        b, h = head.b, head.h
+        rows, keys = slice(m, min(m + BLOCK, head.T)), slice(n, min(n + BLOCK, head.S))
+        grad = grad[: rows.stop - m, : keys.stop - n]
+        if self.bias is not None:
+            self._add_to_bias(b, h, rows, keys, grad)
+        if head.logits.softcap > 0:
+            t = torch.tanh(head.q[rows] @ head.k[keys].T * (abs(head.logits.scale) / head.logits.softcap))
+            # 0 · NaN must not leak from padding
+            grad.mul_((1 - t).mul_(1 + t).masked_fill_(grad == 0, 0))
+        seen = head.seen(m, n)
+        q, k = head.q[rows], head.k[keys]
+        if seen is not None:
+            seen = seen[: len(q), : len(k)]
+            q, k = q.masked_fill(~seen.any(1)[:, None], 0), k.masked_fill(~seen.any(0)[:, None], 0)
+        self.q[b, h, rows].addmm_(grad, k, alpha=head.logits.scale)
+        self.k[b, h // (self.q.shape[1] // self.k.shape[1]), keys].addmm_(grad.T, q, alpha=abs(head.logits.scale))
+
+    def _add_to_bias(self, b: int, h: int, rows: slice, keys: slice, grad: Tensor) -> None:
+        B, H, T, S = self.bias.shape
+        tile = self.bias[b if B > 1 else 0, h if H > 1 else 0, rows if T > 1 else slice(1), keys if S > 1 else slice(1)]
+        tile += grad.sum_to_size(tile.shape)
+
+
 def row_factors(head: Head, pivot: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """Of A = exp2(x − pivot)·largest, the factors of one head's rows as columns, 0 where rows fill up a tile."""
     return tuple(padded(x[head.b, head.h, :, None].to(head.dtype), BLOCK) for x in (pivot, largest))

@@ -228,6 +228,17 @@ def row_scores(
 
 
 @triton.jit
+def dots_gradient(ds, dots, scale, softcap):
+    """The gradient of a tile's dot products from that of its masked scores, which is 0 where they are forbidden."""
+    ds *= scale
+    if softcap is not None:
+        t = tanh(dots * (scale / softcap))
+        # 0 · NaN must not leak from padding
+        ds = tl.where(ds == 0, 0.0, ds * ((1 - t) * (1 + t)))
+    return ds
+
+
+@triton.jit
 def normalizer(m_i, l_i, sink):
     """From a row's maximum and sum, with a learned sink logit or None: lse in base 2 and exp2(m_i − lse)."""
     if sink is None:
