@@ -36,6 +36,10 @@ class Head:
         self.stop = padded(logits.stop[row, :, None], BLOCK)
         self.bias = None if logits.bias is None else logits.bias.expand(*q.shape[:3], self.S)[b, h]
         self.slope = None if logits.slopes is None else logits.slopes.expand(*q.shape[:2])[b, h].to(self.dtype)
+        self.bias = None if logits.bias is None else logits.bias.expand(*q.shape[:3], self.S)[b, h]
+        self.slope = None if logits.slopes is None else logits.slopes.expand(*q.shape[:2])[b, h].to(self.dtype)
+        self.bias = None if logits.bias is None else logits.bias.expand(*q.shape[:3], self.S)[b, h]
+        self.slope = None if logits.slopes is None else logits.slopes.expand(*q.shape[:2])[b, h].to(self.dtype)
         self.keys = torch.arange(self.k.shape[0], device=q.device)
         self._x, self._mirror = self.q.new_empty(2, BLOCK, BLOCK)
         self._bounds = None if q.is_cuda else _bounds(self.start, self.stop, self.T)
@@ -126,27 +130,41 @@ class ScoreGradients:
 
     def add(self, head: Head, m: int, n: int, grad: Tensor) -> None:
         """Take in the gradient of rows m… and keys n…, [BLOCK, BLOCK], 0 where forbidden; it is overwritten."""
-        b, h = head.b, head.h
-        rows, keys = slice(m, min(m + BLOCK, head.T)), slice(n, min(n + BLOCK, head.S))
-        grad = grad[: rows.stop - m, : keys.stop - n]
+        b, h, group = head.b, head.h, head.h // (self.q.shape[1] // self.k.shape[1])
+        q, k, scale = head.q[m : m + BLOCK], head.k[n : n + BLOCK], abs(head.logits.scale)
         if self.bias is not None:
-            self._add_to_bias(b, h, rows, keys, grad)
+            self._add_to_bias(b, h, m, n, grad[: head.T - m, : head.S - n])
         if head.logits.softcap > 0:
-            t = torch.tanh(head.q[rows] @ head.k[keys].T * (abs(head.logits.scale) / head.logits.softcap))
+            t = torch.tanh(q @ k.T * (scale / head.logits.softcap))
             # 0 · NaN must not leak from padding
             grad.mul_((1 - t).mul_(1 + t).masked_fill_(grad == 0, 0))
         seen = head.seen(m, n)
-        q, k = head.q[rows], head.k[keys]
         if seen is not None:
-            seen = seen[: len(q), : len(k)]
             q, k = q.masked_fill(~seen.any(1)[:, None], 0), k.masked_fill(~seen.any(0)[:, None], 0)
-        self.q[b, h, rows].addmm_(grad, k, alpha=head.logits.scale)
-        self.k[b, h // (self.q.shape[1] // self.k.shape[1]), keys].addmm_(grad.T, q, alpha=abs(head.logits.scale))
+        # products of whole tiles: of ragged ones the bits would depend on how far the tail is padded
+        self.q[b, h, m : m + BLOCK] += (grad @ k)[: head.T - m] * head.logits.scale
+        self.k[b, group, n : n + BLOCK] += (grad.T @ q)[: head.S - n] * scale
 
-    def _add_to_bias(self, b: int, h: int, rows: slice, keys: slice, grad: Tensor) -> None:
+    def _add_to_bias(self, b: int, h: int, m: int, n: int, grad: Tensor) -> None:
         B, H, T, S = self.bias.shape
-        tile = self.bias[b if B > 1 else 0, h if H > 1 else 0, rows if T > 1 else slice(1), keys if S > 1 else slice(1)]
+        rows, keys = (slice(i, i + BLOCK) if size > 1 else slice(1) for i, size in ((m, T), (n, S)))
+        tile = self.bias[b if B > 1 else 0, h if H > 1 else 0, rows, keys]
         tile += grad.sum_to_size(tile.shape)
+
+
+def row_factors(head: Head, pivot: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Of A = exp2(x − pivot)·largest, the factors of one head's rows as columns, 0 where rows fill up a tile."""
+    return tuple(padded(x[head.b, head.h, :, None].to(head.dtype), BLOCK) for x in (pivot, largest))
+
+
+def reached_values(values: Tensor, seen: Tensor | None) -> Tensor:
+    """values with the rows that no query of the tile may attend set to 0: 0 · NaN must not leak from padding."""
+    return values if seen is None else values.masked_fill(~seen.any(0)[:, None], 0)
+
+
+def row_factors(head: Head, pivot: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Of A = exp2(x − pivot)·largest, the factors of one head's rows as columns, 0 where rows fill up a tile."""
+    return tuple(padded(x[head.b, head.h, :, None].to(head.dtype), BLOCK) for x in (pivot, largest))
 
 
 def row_factors(head: Head, pivot: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,13 @@ def load_rows(ptr, offs, count, stride_row, stride_d, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
+def reached_keys(offs_n, start, stop, S):
+    """offs_n, with S for keys that no row may attend: their rows load as 0, since 0 · NaN must not leak from padding."""
+    seen = (offs_n[None, :] >= start[:, None]) & (offs_n[None, :] < stop[:, None])
+    return tl.where(tl.max(seen.to(tl.int32), 0) > 0, offs_n, S)
+
+
+@triton.jit
 def load_intervals(start_ptr, stop_ptr, offs, T):
     """start and stop of rows offs; rows past T are empty."""
     start = tl.load(start_ptr + offs, mask=offs < T, other=0)
@@ -228,9 +235,11 @@ def row_scores(
 
 
 @triton.jit
-def dots_gradient(ds, dots, scale, softcap):
-    """The gradient of a tile's dot products from that of its masked scores, which is 0 where they are forbidden."""
-    ds *= scale
+def uncapped_gradient(ds, dots, scale, softcap):
+    """The gradient of scale · dots from that of a tile's masked scores, 0 where they are forbidden.
+
+    The scale itself is left to whoever sums the products with q or k: once a sum, not once a score.
+    """
     if softcap is not None:
         t = tanh(dots * (scale / softcap))
         # 0 · NaN must not leak from padding

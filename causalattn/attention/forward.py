@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .._checks import Logits
-from .._tiles import BLOCK, FLOOR, LN2, Head, heads, padded
+from .._tiles import BLOCK, FLOOR, LN2, Head, heads, padded, reached_values
+from .backward import attend_backward
 
 
 @torch.library.custom_op("causalattn::attention", mutates_args=())
@@ -36,6 +37,34 @@ def attend(
 @attend.register_fake
 def _(q, k, v, start, stop, offset, bias, slopes, scale, softcap, sink, probs_dtype, backend):
     return _empty_results(q, k, v, probs_dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.softcap, sink, _, ctx.backend = inputs
+    q, k, v, start, stop, ctx.offset, bias, slopes = tensors
+    out, _, pivot, largest, _ = output
+    ctx.save_for_backward(q, k, v, start, stop, bias, slopes, sink, pivot, largest, out)
+    ctx.mark_non_differentiable(pivot, largest)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse, _pivot, _largest, dprobs):
+    q, k, v, start, stop, bias, slopes, sink, pivot, largest, out = ctx.saved_tensors
+    if v is not None and dout is None:
+        dout = torch.zeros_like(out)
+    if dlse is None:
+        dlse = torch.zeros_like(pivot)
+    dq, dk, dv, dbias, dsink = attend_backward(
+        q, k, v, start, stop, ctx.offset, bias, slopes, ctx.scale, ctx.softcap, sink,
+        pivot, largest, out, dout if v is not None else None, dlse, dprobs, ctx.needs_input_grad[6], ctx.backend,
+    )  # fmt: skip
+    dv = None if v is None else dv
+    dbias = dbias.to(bias.dtype) if ctx.needs_input_grad[6] else None
+    dsink = None if sink is None else dsink.to(sink.dtype)
+    return dq, dk, dv, None, None, None, dbias, None, None, None, dsink, None, None
+
+
+attend.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _empty_results(q: Tensor, k: Tensor, v: Tensor | None, probs_dtype: torch.dtype | None) -> tuple[Tensor, ...]:
@@ -85,8 +114,3 @@ def _online_softmax(head: Head, values: Tensor | None, m: int) -> tuple[Tensor |
             acc.mul_(alpha).addmm_(p, reached_values(values[n : n + BLOCK], head.seen(m, n)))
         m_i = m_new
     return acc, m_i, l_i
-
-
-def reached_values(values: Tensor, seen: Tensor | None) -> Tensor:
-    """values with the rows that no query of the tile may attend set to 0: 0 · NaN must not leak from padding."""
-    return values if seen is None else values.masked_fill(~seen.any(0)[:, None], 0)
