@@ -17,6 +17,24 @@ def inputs(T: int, heads: int = 4, D: int = 64) -> list[torch.Tensor]:
     return [torch.randn(1, heads, T, D, generator=generator, device=DEVICE, dtype=DTYPE) for _ in range(3)]
 
 
+def matrix(heads: int, T: int, dtype: torch.dtype) -> torch.Tensor:
+    """Attention maps at hand, [1, heads, T, T]."""
+    generator = torch.Generator(DEVICE).manual_seed(T)
+    x = torch.empty(1, heads, T, T, device=DEVICE, dtype=dtype)
+    for h in range(heads):
+        x[0, h] = torch.randn(T, T, generator=generator, device=DEVICE).softmax(-1)
+    return x
+
+
+def add_bandwidth(moved: int) -> None:
+    """GB/s of the row measured last, of so many bytes, and its fraction of the copy's in the same run."""
+    row = ROWS[-1]
+    row["gbytes_per_s"] = moved / row["ms"]["p50"] / 1e6
+    same = [x for x in ROWS if all(x[name] == row[name] for name in ("operator", "shape"))]
+    copies = [x["gbytes_per_s"] for x in same if x["peer"] == "copy"]
+    row["of_copy"] = row["gbytes_per_s"] / copies[-1] if copies else None
+
+
 def unmeasured(operator: str, peer: str, q: torch.Tensor, reason: str, **estimates: float) -> None:
     ROWS.append({"operator": operator, "peer": peer, "shape": list(q.shape), "ms": None, "reason": reason, **estimates})
 

@@ -33,6 +33,40 @@ def eager_row_statistics(q: Tensor, k: Tensor, causal: bool = False) -> dict[str
     }
 
 
+def dense_dag_score(A: Tensor) -> Tensor:
+    return A.tril(-1).sum((-1, -2)) / A.sum((-1, -2))
+
+
+def dense_asymmetry(A: Tensor) -> dict[str, Tensor]:
+    A = A.to(torch.promote_types(A.dtype, torch.float32))
+    d, total = (A - A.mT).flatten(-2), (A + A.mT).flatten(-2)
+    frobenius = d.norm(dim=-1)
+    return {
+        "frobenius": frobenius,
+        "ratio": frobenius / total.norm(dim=-1),
+        "l1": d.abs().sum(-1),
+        "max": d.abs().amax(-1),
+        "net_flow": A.sum(-1) - A.sum(-2),
+    }
+
+
+def dense_row_statistics(A: Tensor) -> dict[str, Tensor]:
+    A = A.to(torch.promote_types(A.dtype, torch.float32))
+    positions = torch.arange(A.shape[-1], device=A.device)
+    below = A.tril(-1).sum(-1)
+    return {
+        "max": A.amax(-1),
+        "mass": A.sum(-1),
+        "entropy": torch.special.entr(A).sum(-1),
+        "sum_sq": A.square().sum(-1),
+        "below": below,
+        "diag": A.diagonal(dim1=-2, dim2=-1),
+        "distance": (A * (positions[:, None] - positions).abs()).sum(-1),
+        "columns": A[..., :1],
+        "dag_score": below.sum(-1) / A.sum((-1, -2)),
+    }
+
+
 def eager_bytes(q: Tensor, k: Tensor) -> int:
     """What eager must hold at once: the scores and their softmax, float32."""
     return 2 * 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]

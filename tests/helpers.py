@@ -162,9 +162,11 @@ def assert_within_reference_error(result, plain, expected, *, axis=-1, roundings
 
     result and plain are tensors or arrays of one shape, expected is float64 of that shape; infinities must be where
     expected has them. axis=None measures against the largest value of all; roundings widens the band, as
-    score_roundings says.
+    score_roundings says: those beyond the first are of the accumulation dtype.
     """
-    eps = torch.finfo(result.dtype if isinstance(result, torch.Tensor) else torch.float64).eps
+    dtype = result.dtype if isinstance(result, torch.Tensor) else torch.float64
+    accumulated = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    eps = torch.finfo(dtype).eps + (roundings - 1) * accumulated
     result, plain = (to_numpy(x) if isinstance(x, torch.Tensor) else np.asarray(x, float) for x in (result, plain))
     expected = np.asarray(expected, dtype=np.float64)
     assert result.shape == plain.shape == expected.shape, (result.shape, plain.shape, expected.shape)
@@ -178,5 +180,5 @@ def assert_within_reference_error(result, plain, expected, *, axis=-1, roundings
     largest = np.where(largest > 0, largest, everywhere if everywhere > 0 else 1.0)
     error, plain_error = (np.abs(np.where(finite, x, 0.0) - target) for x in (result, plain))
     relative, plain_relative = ((x / largest).max(initial=0.0) for x in (error, plain_error))
-    band = roundings * np.max(eps * np.exp2(np.floor(np.log2(largest))) / largest, initial=0.0)
+    band = np.max(eps * np.exp2(np.floor(np.log2(largest))) / largest, initial=0.0)
     assert relative <= 2 * plain_relative + band, f"error {relative:.3g}, torch's {plain_relative:.3g}, band {band:.3g}"

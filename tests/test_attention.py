@@ -16,6 +16,7 @@ from helpers import (
     make_mask,
     make_qkv,
     plain_attention,
+    score_roundings,
     shapes,
     to_numpy,
 )
@@ -36,8 +37,9 @@ def check(backend, q, k, v, mask, **logits):
     arrays = {name: to_numpy(x) if isinstance(x, torch.Tensor) else x for name, x in logits.items()}
     expected = reference(*map(to_numpy, (q, k, v)), to_numpy(seen), **arrays)
     result = attention(q, k, v, mask=mask, return_probs=True, backend=backend, **logits)
+    roundings = score_roundings(q, k, logits.get("scale"))
     for got, plain, exact in zip(result, plain_attention(q, k, v, seen, **logits), expected, strict=True):
-        assert_within_reference_error(got, plain, exact, axis=None)
+        assert_within_reference_error(got, plain, exact, axis=None, roundings=roundings)
     return result
 
 
