@@ -2,7 +2,15 @@
 
 from . import dense, integrations, masks
 from .analysis import HeadScores, Report, analyze, capture
-from .attention import AttentionOutput, attention
+from .attention import (
+    AttentionMap,
+    AttentionOutput,
+    TopK,
+    attention,
+    attention_map,
+    attention_rows,
+    attention_topk,
+)
 from .integrations import transformers as _transformers  # noqa: F401  (ca.integrations.transformers.register())
 from .masks import Intervals, Mask, causal, chunked, full, intervals, packed, padding, prefix, sliding_window
 from .nulls import Null, null_from_stats, permutation_null
@@ -11,6 +19,7 @@ from .statistics import Asymmetry, AttentionStats, asymmetry, attention_stats, d
 __version__ = "0.1.0"
 __all__ = [
     "Asymmetry",
+    "AttentionMap",
     "AttentionOutput",
     "AttentionStats",
     "HeadScores",
@@ -18,10 +27,14 @@ __all__ = [
     "Mask",
     "Null",
     "Report",
+    "TopK",
     "analyze",
     "asymmetry",
     "attention",
+    "attention_map",
+    "attention_rows",
     "attention_stats",
+    "attention_topk",
     "capture",
     "causal",
     "chunked",

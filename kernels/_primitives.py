@@ -57,8 +57,27 @@ def load_rows(ptr, offs, count, stride_row, stride_d, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
+def load_tile(
+    ptr, first, count, stride_row, stride_d, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Rows first … first + BLOCK − 1 of a [count, D] matrix: [BLOCK, BLOCK_D]; MASKED: some may lie beyond, as 0."""
+    offs, offs_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    # in a loop over tiles all but the first summand stays
+    ptrs = ptr + tl.cast(first, tl.int64) * stride_row
+    ptrs = ptrs + (offs[:, None].to(tl.int64) * stride_row + offs_d[None, :] * stride_d)
+    if MASKED:
+        x = tl.load(ptrs, mask=(offs[:, None] < count - first) & (offs_d[None, :] < D), other=0.0)
+    elif D != BLOCK_D:
+        x = tl.load(ptrs, mask=offs_d[None, :] < D, other=0.0)
+    else:
+        x = tl.load(ptrs)
+    return x
+
+
+@triton.jit
 def reached_keys(offs_n, start, stop, S):
-    """offs_n, with S for keys that no row may attend: their rows load as 0, since 0 · NaN must not leak from padding."""
+    """offs_n, with S for keys no row may attend: their rows load as 0, for 0 · NaN must not leak from padding."""
     seen = (offs_n[None, :] >= start[:, None]) & (offs_n[None, :] < stop[:, None])
     return tl.where(tl.max(seen.to(tl.int32), 0) > 0, offs_n, S)
 
@@ -208,7 +227,9 @@ def masked_scores(
     x = base2_scores(dots, scale, softcap)
     if bias_ptr is not None:
         ptrs = bias_ptr + offs_row.to(tl.int64) * stride_bt + offs_key.to(tl.int64) * stride_bs
-        bias = tl.load(ptrs, mask=(offs_row < T) & (offs_key < S), other=0.0)
+        # a whole tile's keys all exist
+        exists = (offs_row < T) & (offs_key < S) if MASKED else offs_row < T
+        bias = tl.load(ptrs, mask=exists, other=0.0)
         x += bias.to(tl.float32) * LOG2E
         # no maximum: it would swallow a NaN
         x = tl.where(x < FORBIDDEN, FORBIDDEN, x)

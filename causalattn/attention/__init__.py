@@ -9,6 +9,14 @@ from .._backend import Backend
 from .._checks import check_probs_dtype, check_qk, check_v, resolve_logits, resolve_mask
 from ..masks import Intervals, Mask
 from .forward import attend
+from .map import AttentionMap, attention_map
+from .rows import attention_rows
+from .topk import TopK, attention_topk
+
+__all__ = [
+    "AttentionMap", "AttentionOutput", "TopK",
+    "attention", "attention_map", "attention_rows", "attention_topk",
+]  # fmt: skip
 
 
 class AttentionOutput(NamedTuple):

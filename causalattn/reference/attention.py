@@ -1,5 +1,7 @@
 """The specification of attention, in NumPy float64."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -64,3 +66,35 @@ def log_sum_exp(x: np.ndarray, sink: np.ndarray | None = None) -> np.ndarray:
     if sink is not None:
         lse = np.where(np.isneginf(lse), lse, np.logaddexp(lse, sink.astype(np.float64)[:, None]))
     return lse
+
+
+def attention_rows(
+    q: np.ndarray, k: np.ndarray, rows: Sequence[int], seen: np.ndarray, **options: np.ndarray | float | None
+) -> np.ndarray:
+    """The chosen rows of A, [B, H, R, S]; options as in `attention`."""
+    return attention(q, k, k, seen, **options)[2][:, :, np.asarray(rows, dtype=int)]
+
+
+def attention_topk(A: np.ndarray, seen: np.ndarray, n: int, order: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+    """The n largest of each row of A [B, H, T, S], ties to the smaller key, and their keys; 0 and −1 for none.
+
+    order: what decides, [B, H, T, S], such as the scores, where A underflows; A by default.
+    """
+    order = np.where(seen[:, None], A if order is None else order, -np.inf)
+    indices = np.argsort(-order, axis=-1, kind="stable")[..., :n]
+    left = np.take_along_axis(order, indices, -1) > -np.inf
+    values = np.where(left, np.take_along_axis(A, indices, -1), 0.0)
+    pad = [(0, 0)] * 3 + [(0, n - indices.shape[-1])]
+    return np.pad(values, pad), np.pad(np.where(left, indices, -1), pad, constant_values=-1)
+
+
+def attention_map(A: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and maximum of A [B, H, T, S] over cells cut at ⌊c·T/R⌋ and ⌊c·S/C⌋; R = min(cells, T), C alike."""
+    T, S = A.shape[2:]
+    mean, largest = np.zeros((2, *A.shape[:2], min(cells, T), min(cells, S)))
+    for r in range(mean.shape[2]):
+        for c in range(mean.shape[3]):
+            rows = slice(r * T // mean.shape[2], (r + 1) * T // mean.shape[2])
+            tile = A[:, :, rows, c * S // mean.shape[3] : (c + 1) * S // mean.shape[3]]
+            mean[:, :, r, c], largest[:, :, r, c] = tile.mean((2, 3)), tile.max((2, 3))
+    return mean, largest

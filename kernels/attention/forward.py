@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .._primitives import (
     FLOOR,
+    FORBIDDEN,
     LN2,
     LOG2E,
     Launch,
@@ -26,36 +27,26 @@ from .._primitives import (
     key_tiles,
     load_intervals,
     load_rows,
+    load_tile,
+    masked_scores,
     normalizer,
     parts,
-    row_scores,
     score_strides,
     slope,
 )
 
 
-def launch(D: int, itemsize: int, arch: int) -> Launch:
-    """Tiles by the larger of D and V and by dtype; arch is `architecture`'s."""
+def launch(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
+    """Tiles by the larger of D and V and by dtype, wider where scores are plain; arch is `architecture`'s."""
     if arch == 0:
         return Launch(32, 32, 4, 1) if itemsize == 4 and D > 64 else Launch(64, 32, 4, 1)
     if itemsize == 4:
-        return Launch(16, 16, 4, 1) if D > 128 else Launch(32, 16, 4, 1)
+        return Launch(16, 16, 4, 1) if D > 128 else Launch(32, 16, 4 if D <= 64 else 8, 1)
     if D > 128:
         return Launch(64, 32, 8, 1)
     if arch in (90, 100):
-        return Launch(128, 64 if D <= 64 else 32, 8, 2)
-    return Launch(128, 32, 8, 2) if D <= 64 else Launch(64, 32, 4, 2)
-
-
-@triton.jit
-def _values(v_ptr, offs_n, start, stop, S, stride_vs, stride_vd, V: tl.constexpr, BLOCK_V: tl.constexpr,
-            MASKED: tl.constexpr):
-    """Values at offs_n, 0 where no row of the tile may attend them: 0 · NaN must not leak from padding."""
-    v = load_rows(v_ptr, offs_n, S, stride_vs, stride_vd, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
-    if MASKED:
-        seen = (offs_n[None, :] >= start[:, None]) & (offs_n[None, :] < stop[:, None])
-        v = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v, 0.0)
-    return v
+        return Launch(128, 64 if lean else 32, 8, 2)
+    return Launch(128, 32, 8, 2) if D <= 64 else Launch(64, 32, 8, 1)
 
 
 @triton.jit
@@ -76,9 +67,10 @@ def _write_probs(
                 if q.dtype == tl.float32:
                     # kept across this loop, q would fill the registers: without tensor cores they hold operands
                     q = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
-                x, _ = row_scores(
-                    q, k_ptr, offs_m, offs_n, start, stop, T, S, offset, stride_ks, stride_kd,
-                    bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, D, BLOCK_D, part != 2)
+                k = load_tile(k_ptr, n, S, stride_ks, stride_kd, D, BLOCK_N, BLOCK_D, part != 2)
+                x = masked_scores(
+                    dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
+                    bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, part != 2)  # [BLOCK_M, BLOCK_N]
                 probs = tl.exp2(x - pivot[:, None]) * largest[:, None]
             probs = probs.to(probs_ptr.dtype.element_ty)
             ptrs = probs_ptr + offs_m[:, None].to(tl.int64) * stride_pt + offs_n[None, :]
@@ -126,16 +118,22 @@ def _attention_fwd_kernel(
     for part in tl.static_range(PARTS):
         for n in range(edges[part], edges[part + 1], BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)
-            x, _ = row_scores(
-                q, k_ptr, offs_m, offs_n, start, stop, T, S, offset, stride_ks, stride_kd,
-                bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, D, BLOCK_D, part != 1)
+            k = load_tile(k_ptr, n, S, stride_ks, stride_kd, D, BLOCK_N, BLOCK_D, part != 1)  # [BLOCK_N, BLOCK_D]
+            x = masked_scores(
+                dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
+                bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, part != 1)  # [BLOCK_M, BLOCK_N]
             m_new = tl.maximum(m_i, tl.max(x, 1))
             alpha = tl.exp2(m_i - m_new)
             p = tl.exp2(x - m_new[:, None])
             l_i = l_i * alpha.to(tl.float64) + tl.sum(p, 1)
             if v_ptr is not None:
                 head_v = v_ptr + pid_b * stride_vb + pid_h // GROUP * stride_vh
-                v = _values(head_v, offs_n, start, stop, S, stride_vs, stride_vd, V, BLOCK_V, part != 1)
+                if part == 1:
+                    v = load_tile(head_v, n, S, stride_vs, stride_vd, V, BLOCK_N, BLOCK_V, False)
+                else:
+                    # a key that no row may attend loads as 0: 0 · NaN must not leak from padding
+                    keys = tl.where(tl.max((x != FORBIDDEN).to(tl.int32), 0) > 0, offs_n, S)
+                    v = load_rows(head_v, keys, S, stride_vs, stride_vd, V, BLOCK_V)
                 acc = acc * alpha[:, None] + dot(p.to(v.dtype), v)
             m_i = m_new
 
@@ -180,7 +178,8 @@ def attention_fwd(
     probs = torch.empty(0 if probs_dtype is None else (B, H, T, S), dtype=probs_dtype, device=q.device)
     if lse.numel() == 0:
         return out, lse, pivot, largest, probs
-    tiles = launch(max(D, V), q.element_size(), architecture(q))
+    lean = bias is None and slopes is None and not softcap and probs_dtype is None
+    tiles = launch(max(D, V), q.element_size(), architecture(q), lean)
     _attention_fwd_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
         q, k, v, start, stop, bias, slopes, sink, out, lse, pivot, largest, probs if probs_dtype else None,
         *score_strides(q, k, start, bias, slopes), *((0, 0, 0, 0) if v is None else v.stride()), S,

@@ -22,6 +22,7 @@ from .._primitives import (
     key_tiles,
     load_intervals,
     load_rows,
+    load_tile,
     masked_scores,
     parts,
     row_tiles,
@@ -32,8 +33,9 @@ from .._primitives import (
 
 def launch(D: int, itemsize: int, arch: int) -> Launch:
     """Square tiles by head dim and dtype; arch is `architecture`'s."""
-    block = 64 if D <= 128 and itemsize == 2 and arch in (0, 90, 100) else 32
-    return Launch(block, block, 4, 1 if arch == 0 or itemsize == 4 else 2)
+    if D <= 128 and itemsize == 2 and arch in (0, 90, 100):
+        return Launch(64, 64, 4, 1) if arch == 0 else Launch(64, 64, 8, 2)
+    return Launch(32, 32, 4, 1 if arch == 0 or itemsize == 4 else 2)
 
 
 @triton.jit(do_not_specialize=["T", "offset", "scale", "softcap"])
@@ -89,8 +91,8 @@ def _pair_statistics_kernel(
             start_n, stop_n = load_intervals(start_ptr, stop_ptr, offs_n, T)
             pivot_n = tl.load(pivot_ptr + offs_n, mask=offs_n < T, other=0.0)
             largest_n = tl.load(largest_ptr + offs_n, mask=offs_n < T, other=0.0)
-            k_n = load_rows(k_ptr, offs_n, T, stride_ks, stride_kd, D, BLOCK_D)
-            q_n = load_rows(q_ptr, offs_n, T, stride_qt, stride_qd, D, BLOCK_D)
+            k_n = load_tile(k_ptr, n, T, stride_ks, stride_kd, D, BLOCK_N, BLOCK_D, part != 1)
+            q_n = load_tile(q_ptr, n, T, stride_qt, stride_qd, D, BLOCK_N, BLOCK_D, part != 1)
             a = masked_scores(
                 dot(q_m, tl.trans(k_n)), offs_m[:, None], offs_n[None, :], start_m[:, None], stop_m[:, None], T, T,
                 offset, bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, part != 1)  # [BLOCK_M, BLOCK_N]

@@ -21,6 +21,7 @@ from .._primitives import (
     head_bias,
     load_intervals,
     load_rows,
+    load_tile,
     masked_scores,
     parts,
     row_tiles,
@@ -29,15 +30,17 @@ from .._primitives import (
 )
 
 
-def launch(D: int, itemsize: int, arch: int) -> Launch:
-    """Tiles by head dim and dtype; arch is `architecture`'s."""
+def launch(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
+    """Tiles by head dim and dtype, taller where scores are plain; arch is `architecture`'s."""
     if itemsize == 4 and arch != 0:
-        return Launch(32, 32, 4, 1)
+        return Launch(32 if D <= 64 else 16, 32, 4, 1)
     if D > 128:
         return Launch(32, 64, 4, 1 if arch == 0 else 2)
     if arch == 0:
         return Launch(64, 64, 4, 1)
-    return Launch(64, 128, 8, 3) if arch in (90, 100) else Launch(64, 64, 4, 2)
+    if arch in (90, 100):
+        return Launch(128, 64, 4, 2) if lean else Launch(64, 128, 8, 3)
+    return Launch(64, 64, 4, 2)
 
 
 @triton.jit(do_not_specialize=["T", "S", "offset", "scale", "softcap"])
@@ -75,7 +78,7 @@ def _received_kernel(
         for m in range(edges[part], edges[part + 1], BLOCK_M):
             offs_m = m + tl.arange(0, BLOCK_M)
             start, stop = load_intervals(start_ptr, stop_ptr, offs_m, T)
-            q = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            q = load_tile(q_ptr, m, T, stride_qt, stride_qd, D, BLOCK_M, BLOCK_D, part != 1)  # [BLOCK_M, BLOCK_D]
             pivot = tl.load(pivot_ptr + offs_m, mask=offs_m < T, other=0.0)
             largest = tl.load(largest_ptr + offs_m, mask=offs_m < T, other=0.0)
             x = masked_scores(
@@ -104,7 +107,7 @@ def received_fwd(
     out = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     if out.numel() == 0 or T == 0:
         return out.zero_()
-    tiles = launch(D, q.element_size(), architecture(q))
+    tiles = launch(D, q.element_size(), architecture(q), bias is None and slopes is None and not softcap)
     bounds = block_bounds(start, stop, tiles.BLOCK_M)
     _received_kernel[(triton.cdiv(S, tiles.BLOCK_N) * B * H,)](
         q, k, start, stop, bounds, bias, slopes, pivot.contiguous(), largest.contiguous(), out,

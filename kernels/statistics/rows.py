@@ -20,13 +20,15 @@ from .._primitives import (
     LOG2E,
     Launch,
     architecture,
+    dot,
     head_bias,
     key_tiles,
     load_intervals,
     load_rows,
+    load_tile,
+    masked_scores,
     normalizer,
     parts,
-    row_scores,
     score_strides,
     slope,
 )
@@ -34,13 +36,42 @@ from .._primitives import (
 ROWS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "distance", "pivot")
 
 
-def launch(D: int, itemsize: int, arch: int) -> Launch:
-    """Tiles by head dim and dtype; arch is `architecture`'s."""
+def launch(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
+    """Tiles by head dim and dtype, wider for the lean passes of few sums; arch is `architecture`'s."""
     if itemsize == 4 and arch != 0:
-        return Launch(32, 32, 4, 1)
+        return Launch(32, 32, 4, 1) if D <= 64 else Launch(32, 16, 8, 1)
     if D > 128:
         return Launch(64, 32, 4, 1 if arch == 0 else 2)
-    return Launch(64, 64, 4, 1) if arch == 0 else Launch(128, 64, 8, 3)
+    if arch == 0:
+        return Launch(64, 64, 4, 1)
+    return Launch(64, 128, 4, 2) if lean else Launch(128, 64, 8, 3)
+
+
+@triton.jit
+def _below(p, mass, first, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Σ p over the keys below each row; first is the position of the tile's first row and n its first key."""
+    if n + BLOCK_N <= first:
+        below = mass
+    elif n >= first + BLOCK_M - 1:
+        below = tl.zeros_like(mass)
+    else:
+        rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        below = tl.sum(tl.where(keys[None, :] - rows[:, None] < first - n, p, 0.0), 1)
+    return below
+
+
+@triton.jit
+def _distance(p, mass, first, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Σ p·|position − key| of each row; off the diagonal, a row's distance from the tile and a key's from its edge."""
+    rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    if n + BLOCK_N <= first:
+        gap = (first + rows - n - BLOCK_N + 1).to(tl.float32)
+        distance = gap * mass + tl.sum(p * (BLOCK_N - 1 - keys).to(tl.float32)[None, :], 1)
+    elif n >= first + BLOCK_M:
+        distance = (n - first - rows).to(tl.float32) * mass + tl.sum(p * keys.to(tl.float32)[None, :], 1)
+    else:
+        distance = tl.sum(p * tl.abs(first - n + rows[:, None] - keys[None, :]).to(tl.float32), 1)
+    return distance
 
 
 @triton.jit(do_not_specialize=["T", "S", "offset", "scale", "softcap"])
@@ -71,7 +102,7 @@ def _row_statistics_kernel(
     k_ptr += pid_b * stride_kb + pid_h // GROUP * stride_kh
     bias_ptr = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
     alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
-    position = offs_m + offset
+    position = pid_m * BLOCK_M + offset
 
     m_i = tl.full([BLOCK_M], FLOOR, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float64)
@@ -79,9 +110,10 @@ def _row_statistics_kernel(
     for part in tl.static_range(PARTS):
         for n in range(edges[part], edges[part + 1], BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)
-            x, _ = row_scores(
-                q, k_ptr, offs_m, offs_n, start, stop, T, S, offset, stride_ks, stride_kd,
-                bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, D, BLOCK_D, part != 1)  # [BLOCK_M, BLOCK_N]
+            k = load_tile(k_ptr, n, S, stride_ks, stride_kd, D, BLOCK_N, BLOCK_D, part != 1)  # [BLOCK_N, BLOCK_D]
+            x = masked_scores(
+                dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
+                bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, part != 1)  # [BLOCK_M, BLOCK_N]
             m_new = tl.maximum(m_i, tl.max(x, 1))
             grown = (m_new - m_i).to(tl.float64)
             alpha = tl.exp2(m_i - m_new).to(tl.float64)
@@ -89,13 +121,14 @@ def _row_statistics_kernel(
             p = tl.exp2(x)
             if ENTROPY >= 0:
                 entropy = (entropy + grown * l_i) * alpha - tl.sum(p * x, 1)
-            l_i = l_i * alpha + tl.sum(p, 1)
+            mass = tl.sum(p, 1)
+            l_i = l_i * alpha + mass
             if SUM_SQ >= 0:
                 sum_sq = sum_sq * alpha * alpha + tl.sum(p * p, 1)
             if BELOW >= 0:
-                below = below * alpha + tl.sum(tl.where(offs_n[None, :] < position[:, None], p, 0.0), 1)
+                below = below * alpha + _below(p, mass, position, n, BLOCK_M, BLOCK_N)
             if DISTANCE >= 0:
-                distance = distance * alpha + tl.sum(p * tl.abs(position[:, None] - offs_n[None, :]).to(tl.float32), 1)
+                distance = distance * alpha + _distance(p, mass, position, n, BLOCK_M, BLOCK_N)
             m_i = m_new
 
     sink = None
@@ -142,7 +175,8 @@ def row_statistics_fwd(
     out = torch.empty(len(want), B, H, T, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
-    tiles = launch(D, q.element_size(), architecture(q))
+    lean = not {"entropy", "sum_sq", "distance"} & {*want}
+    tiles = launch(D, q.element_size(), architecture(q), lean)
     _row_statistics_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
         q, k, start, stop, bias, slopes, sink, out,
         *score_strides(q, k, start, bias, slopes), out.stride(0), T,
