@@ -50,9 +50,7 @@ OPERATORS = {
     "attention_topk": Operator(lambda q, k, v, options: ca.attention_topk(q, k, 5, **options), "row row"),
     "attention_topk past 64": Operator(lambda q, k, v, options: ca.attention_topk(q, k, 70, **options), "row row"),
     "row statistics": Operator(
-        lambda q, k, v, options: [
-            x for x in ca.attention_stats(q, k, want=ROWS, **options) if x is not None
-        ],
+        lambda q, k, v, options: [x for x in ca.attention_stats(q, k, want=ROWS, **options) if x is not None],
         " ".join("row" for _ in ROWS),
     ),
     "received": Operator(
@@ -114,7 +112,8 @@ def test_left_padding_and_packing_change_no_more_than_roundings(backend, name):
             continue
         close = {"rtol": 1e-4, "atol": 1e-5 * x.abs().max().item()}
         torch.testing.assert_close(y if axis == "head" else y[:, :, 30:], x, **close)
-        if axis != "head":
+        # a head's statistic, and so its gradient, is of both segments
+        if axis != "head" and name != "gradients of asymmetry":
             torch.testing.assert_close(z[:, :, 30:], x, **close)
 
 
