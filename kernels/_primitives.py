@@ -270,13 +270,13 @@ def uncapped_gradient(ds, dots, scale, softcap):
 
 @triton.jit
 def normalizer(m_i, l_i, sink):
-    """From a row's maximum and sum, with a learned sink logit or None: lse in base 2 and exp2(m_i − lse)."""
+    """From a row's maximum and sum, with a learned sink logit or None: lse − m_i in base 2 and exp2(m_i − lse)."""
     if sink is None:
-        lse = m_i + tl.log2(l_i)
+        gap = tl.log2(l_i)
         unit = 1.0 / l_i
     else:
         pivot = tl.maximum(m_i, sink)
         total = l_i * tl.exp2(m_i - pivot) + tl.exp2(sink - pivot)
-        lse = pivot + tl.log2(total)
+        gap = pivot - m_i + tl.log2(total)
         unit = tl.exp2(m_i - pivot) / total
-    return tl.where(l_i == 0, float("-inf"), lse), tl.where(l_i == 0, 0.0, unit)
+    return tl.where(l_i == 0, float("-inf"), gap), tl.where(l_i == 0, 0.0, unit)

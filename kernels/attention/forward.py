@@ -140,8 +140,8 @@ def _attention_fwd_kernel(
     sink = None
     if sink_ptr is not None:
         sink = tl.load(sink_ptr + pid_h).to(tl.float32) * LOG2E
-    lse, unit = normalizer(m_i, l_i.to(tl.float32), sink)
-    tl.store(lse_ptr + rows, lse * LN2, mask=mask_m)
+    gap, unit = normalizer(m_i, l_i.to(tl.float32), sink)
+    tl.store(lse_ptr + rows, (m_i + gap) * LN2, mask=mask_m)
     tl.store(pivot_ptr + rows, m_i, mask=mask_m)
     tl.store(largest_ptr + rows, unit, mask=mask_m)
     if v_ptr is not None:
@@ -178,7 +178,7 @@ def attention_fwd(
     probs = torch.empty(0 if probs_dtype is None else (B, H, T, S), dtype=probs_dtype, device=q.device)
     if lse.numel() == 0:
         return out, lse, pivot, largest, probs
-    lean = bias is None and slopes is None and not softcap and probs_dtype is None
+    lean = bias is None and slopes is None and softcap == 0 and probs_dtype is None
     tiles = launch(max(D, V), q.element_size(), architecture(q), lean)
     _attention_fwd_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
         q, k, v, start, stop, bias, slopes, sink, out, lse, pivot, largest, probs if probs_dtype else None,

@@ -107,7 +107,7 @@ def received_fwd(
     out = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     if out.numel() == 0 or T == 0:
         return out.zero_()
-    tiles = launch(D, q.element_size(), architecture(q), bias is None and slopes is None and not softcap)
+    tiles = launch(D, q.element_size(), architecture(q), bias is None and slopes is None and softcap == 0)
     bounds = block_bounds(start, stop, tiles.BLOCK_M)
     _received_kernel[(triton.cdiv(S, tiles.BLOCK_N) * B * H,)](
         q, k, start, stop, bounds, bias, slopes, pivot.contiguous(), largest.contiguous(), out,

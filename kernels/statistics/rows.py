@@ -36,15 +36,15 @@ from .._primitives import (
 ROWS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "distance", "pivot")
 
 
-def launch(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
-    """Tiles by head dim and dtype, wider for the lean passes of few sums; arch is `architecture`'s."""
+def launch(D: int, itemsize: int, arch: int, extras: int) -> Launch:
+    """Tiles by head dim and dtype, and by 0, 1 or 2 things beyond plain scores and few sums; arch: `architecture`'s."""
     if itemsize == 4 and arch != 0:
         return Launch(32, 32, 4, 1) if D <= 64 else Launch(32, 16, 8, 1)
     if D > 128:
         return Launch(64, 32, 4, 1 if arch == 0 else 2)
     if arch == 0:
         return Launch(64, 64, 4, 1)
-    return Launch(64, 128, 4, 2) if lean else Launch(128, 64, 8, 3)
+    return (Launch(64, 128, 4, 2), Launch(128, 64, 8, 3), Launch(128, 32, 8, 2))[extras]
 
 
 @triton.jit
@@ -134,18 +134,18 @@ def _row_statistics_kernel(
     sink = None
     if sink_ptr is not None:
         sink = tl.load(sink_ptr + pid_h).to(tl.float32) * LOG2E
-    lse, unit = normalizer(m_i, l_i.to(tl.float32), sink)
+    gap, unit = normalizer(m_i, l_i.to(tl.float32), sink)
     mass = (l_i * unit).to(tl.float32)
     out_ptr += pid_bh * stride_ob + offs_m
     if LSE >= 0:
-        tl.store(out_ptr + LSE * stride_on, lse * LN2, mask=mask_m)
+        tl.store(out_ptr + LSE * stride_on, (m_i + gap) * LN2, mask=mask_m)
     if MAX >= 0:
         tl.store(out_ptr + MAX * stride_on, unit, mask=mask_m)
     if MASS >= 0:
         tl.store(out_ptr + MASS * stride_on, mass, mask=mask_m)
     if ENTROPY >= 0:
         # Σ A (lse − S) = Σ A (lse − maximum) + Σ A (maximum − S)
-        gap = tl.where(l_i == 0, 0.0, lse - m_i)
+        gap = tl.where(l_i == 0, 0.0, gap)
         tl.store(out_ptr + ENTROPY * stride_on, ((entropy * unit).to(tl.float32) + gap * mass) * LN2, mask=mask_m)
     if SUM_SQ >= 0:
         tl.store(out_ptr + SUM_SQ * stride_on, (sum_sq * unit * unit).to(tl.float32), mask=mask_m)
@@ -175,8 +175,9 @@ def row_statistics_fwd(
     out = torch.empty(len(want), B, H, T, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
-    lean = not {"entropy", "sum_sq", "distance"} & {*want}
-    tiles = launch(D, q.element_size(), architecture(q), lean)
+    shaped = bias is not None or slopes is not None or softcap > 0
+    extras = shaped + bool({"entropy", "sum_sq", "distance"} & {*want})
+    tiles = launch(D, q.element_size(), architecture(q), extras)
     _row_statistics_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
         q, k, start, stop, bias, slopes, sink, out,
         *score_strides(q, k, start, bias, slopes), out.stride(0), T,
