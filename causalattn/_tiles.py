@@ -36,10 +36,6 @@ class Head:
         self.stop = padded(logits.stop[row, :, None], BLOCK)
         self.bias = None if logits.bias is None else logits.bias.expand(*q.shape[:3], self.S)[b, h]
         self.slope = None if logits.slopes is None else logits.slopes.expand(*q.shape[:2])[b, h].to(self.dtype)
-        self.bias = None if logits.bias is None else logits.bias.expand(*q.shape[:3], self.S)[b, h]
-        self.slope = None if logits.slopes is None else logits.slopes.expand(*q.shape[:2])[b, h].to(self.dtype)
-        self.bias = None if logits.bias is None else logits.bias.expand(*q.shape[:3], self.S)[b, h]
-        self.slope = None if logits.slopes is None else logits.slopes.expand(*q.shape[:2])[b, h].to(self.dtype)
         self.keys = torch.arange(self.k.shape[0], device=q.device)
         self._x, self._mirror = self.q.new_empty(2, BLOCK, BLOCK)
         self._bounds = None if q.is_cuda else _bounds(self.start, self.stop, self.T)
@@ -160,16 +156,6 @@ def row_factors(head: Head, pivot: Tensor, largest: Tensor) -> tuple[Tensor, Ten
 def reached_values(values: Tensor, seen: Tensor | None) -> Tensor:
     """values with the rows that no query of the tile may attend set to 0: 0 · NaN must not leak from padding."""
     return values if seen is None else values.masked_fill(~seen.any(0)[:, None], 0)
-
-
-def row_factors(head: Head, pivot: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Of A = exp2(x − pivot)·largest, the factors of one head's rows as columns, 0 where rows fill up a tile."""
-    return tuple(padded(x[head.b, head.h, :, None].to(head.dtype), BLOCK) for x in (pivot, largest))
-
-
-def row_factors(head: Head, pivot: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Of A = exp2(x − pivot)·largest, the factors of one head's rows as columns, 0 where rows fill up a tile."""
-    return tuple(padded(x[head.b, head.h, :, None].to(head.dtype), BLOCK) for x in (pivot, largest))
 
 
 def padded(x: Tensor, block: int) -> Tensor:

@@ -16,7 +16,7 @@ from .rows import ROWS, row_statistics
 
 
 class Asymmetry(NamedTuple):
-    """How far A is from Aᵀ: frobenius, ratio, l1, max [B, H] and net_flow [B, H, T]."""
+    """How far A is from Aᵀ: frobenius, ratio, l1, max [B, H] and net_flow [B, H, T]; max has no gradient."""
 
     frobenius: Tensor
     ratio: Tensor
@@ -75,6 +75,7 @@ def attention_stats(
         per head    dag_score Σ_i below_i / Σ_ij A_ij; asymmetry, see `asymmetry` (T = S)
 
     Under a causal mask dag_score is 1 − mean(diag) whatever the model learnt: see `permutation_null`.
+    All have gradients for q, k, bias and sink but max, the default's and asymmetry's too.
 
     Args:
         q, k, causal, mask, bias, alibi_slopes, scale, softcap, sink, backend: as in `attention`.
@@ -88,6 +89,7 @@ def attention_stats(
 
     Raises:
         ValueError: as in `attention`; an unknown want or column; net_flow or asymmetry with T ≠ S.
+        NotImplementedError: max or "all" asked for by name where a gradient would be recorded.
 
     Source: dag_score after the causal reading of attention (q_i·k_j = tr q_i k_jᵀ).
 
@@ -97,7 +99,10 @@ def attention_stats(
         tensor([[[2.0833, 1.0833, 0.5833, 0.2500]]])
     """
     check_qk(q, k)
+    by_default = want == DEFAULT
     want = _wanted(want)
+    if "max" in want and not by_default and _records_gradient(q, k, bias, sink):
+        raise NotImplementedError("max has no gradient: leave it out of want, got a tensor that requires grad")
     if want & {"net_flow", "asymmetry"}:
         check_square("net_flow and asymmetry", q, k)
     intervals = resolve_mask(q, k, mask, causal)
@@ -108,6 +113,7 @@ def attention_stats(
 
     rows = _rows(q, k, logits, want, backend)
     stats = {name: value for name, value in rows.items() if name in want}
+    # the gradient of each later pass goes through the normaliser by itself
     factors = (rows.get("pivot"), rows.get("max"))
     if want & {"diag", "columns"}:
         picked = torch.cat([_diagonal(intervals)] * ("diag" in want) + [chosen] * ("columns" in want), -1)
@@ -255,9 +261,16 @@ def _rows(q: Tensor, k: Tensor, logits: Logits, want: set[str], backend: Backend
         needed |= {"pivot", "max", "mass"}
     if "asymmetry" in want:
         needed |= {"sum_sq"}
+    if _records_gradient(q, k, logits.bias, logits.sink):
+        needed |= {"pivot", "max"}
     names = [name for name in ROWS if name in needed]
     packed = row_statistics(q, k, *logits, " ".join(names), backend)
-    return dict(zip(names, packed.unbind(), strict=True))
+    rows = dict(zip(names, packed.unbind(), strict=True))
+    return rows | {name: rows[name].detach() for name in ("pivot", "max") if name in rows}
+
+
+def _records_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _diagonal(intervals: Intervals) -> Tensor:
@@ -296,11 +309,17 @@ def _columns(received: Tensor, mass: Tensor, intervals: Intervals) -> dict[str, 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """Σ part / Σ whole over the rows, summed in float64; 0 where there is nothing."""
     total = whole.sum(-1, dtype=torch.float64)
-    return torch.where(total == 0, 0, part.sum(-1, dtype=torch.float64) / total).to(part.dtype)
+    share = part.sum(-1, dtype=torch.float64) / total.masked_fill(total == 0, 1)
+    return share.masked_fill(total == 0, 0).to(part.dtype)
 
 
 def _asymmetry(difference_sq: Tensor, l1: Tensor, largest: Tensor, sum_sq: Tensor, net_flow: Tensor) -> Asymmetry:
     # ‖A + Aᵀ‖² = 4 Σ A² − ‖A − Aᵀ‖² cannot cancel: A ≥ 0, so ‖A − Aᵀ‖² is at most half of 4 Σ A²
     total = 4 * sum_sq.sum(-1, dtype=torch.float64) - difference_sq
-    ratio = torch.where(total > 0, difference_sq / total, total).sqrt().to(difference_sq.dtype)
-    return Asymmetry(difference_sq.sqrt(), ratio, l1, largest, net_flow)
+    ratio = _root(difference_sq / total.masked_fill(total == 0, 1)).to(difference_sq.dtype)
+    return Asymmetry(_root(difference_sq), ratio, l1, largest.detach(), net_flow)
+
+
+def _root(x: Tensor) -> Tensor:
+    """√x, whose gradient at 0 is taken to be 0."""
+    return x.masked_fill(x == 0, 1).sqrt().masked_fill(x == 0, 0)

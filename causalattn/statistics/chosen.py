@@ -6,6 +6,7 @@ from torch import Tensor
 from .._backend import accumulator, use_triton
 from .._checks import Logits
 from .._tiles import LOG2E
+from .backward import input_gradients, save
 
 ROWS_AT_ONCE = 4096
 
@@ -40,6 +41,17 @@ def chosen_probs(
 @chosen_probs.register_fake
 def _(q, k, start, stop, offset, bias, slopes, scale, softcap, sink, pivot, largest, chosen, backend):
     return q.new_empty(*q.shape[:3], chosen.shape[2], dtype=accumulator(q))
+
+
+def _setup_context(ctx, inputs, output):
+    save(ctx, inputs, *inputs[10:13])
+
+
+def _backward(ctx, grad):
+    return *input_gradients(ctx, picked=grad), None, None, None, None
+
+
+chosen_probs.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _chosen_probs_torch(q: Tensor, k: Tensor, logits: Logits, pivot: Tensor, largest: Tensor, chosen: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from .._backend import accumulator, use_triton
 from .._checks import Logits
 from .._tiles import BLOCK, Head, heads, row_factors
+from .backward import input_gradients, save
 
 PAIRS = ("difference_sq", "l1", "max")
 
@@ -37,6 +38,18 @@ def pair_statistics(
 @pair_statistics.register_fake
 def _(q, k, start, stop, offset, bias, slopes, scale, softcap, sink, pivot, largest, backend):
     return q.new_empty(len(PAIRS), *q.shape[:2], dtype=accumulator(q))
+
+
+def _setup_context(ctx, inputs, output):
+    save(ctx, inputs, *inputs[10:12])
+
+
+def _backward(ctx, grad):
+    # the maximum has no gradient
+    return *input_gradients(ctx, pairs=grad[:2]), None, None, None
+
+
+pair_statistics.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _pair_statistics_torch(q: Tensor, k: Tensor, logits: Logits, pivot: Tensor, largest: Tensor) -> Tensor:

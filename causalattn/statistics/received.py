@@ -6,6 +6,7 @@ from torch import Tensor
 from .._backend import accumulator, use_triton
 from .._checks import Logits
 from .._tiles import BLOCK, heads, row_factors
+from .backward import input_gradients, save
 
 
 @torch.library.custom_op("causalattn::received", mutates_args=())
@@ -35,6 +36,17 @@ def received(
 @received.register_fake
 def _(q, k, start, stop, offset, bias, slopes, scale, softcap, sink, pivot, largest, backend):
     return q.new_empty(*q.shape[:2], k.shape[2], dtype=accumulator(q))
+
+
+def _setup_context(ctx, inputs, output):
+    save(ctx, inputs, *inputs[10:12])
+
+
+def _backward(ctx, grad):
+    return *input_gradients(ctx, received=grad), None, None, None
+
+
+received.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _received_torch(q: Tensor, k: Tensor, logits: Logits, pivot: Tensor, largest: Tensor) -> Tensor:

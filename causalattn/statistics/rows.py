@@ -6,6 +6,7 @@ from torch import Tensor
 from .._backend import accumulator, use_triton
 from .._checks import Logits
 from .._tiles import BLOCK, FLOOR, LN2, Head, heads
+from .backward import DIFFERENTIABLE, input_gradients, save
 
 # pivot is the largest score in base 2: with max it gives A_ij = exp2(x_ij − pivot_i)·max_i in later passes
 ROWS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "distance", "pivot")
@@ -26,7 +27,10 @@ def row_statistics(
     want: str,
     backend: str,
 ) -> Tensor:
-    """The statistics named in want, separated by spaces and in the order of ROWS: [wanted, B, H, T]."""
+    """The statistics named in want, separated by spaces and in the order of ROWS: [wanted, B, H, T].
+
+    The gradient, which max and pivot do not have, needs both among them.
+    """
     logits = Logits(start, stop, offset, bias, slopes, scale, softcap, sink)
     if use_triton(backend, q):
         from ..kernels.statistics.rows import row_statistics_fwd
@@ -38,6 +42,20 @@ def row_statistics(
 @row_statistics.register_fake
 def _(q, k, start, stop, offset, bias, slopes, scale, softcap, sink, want, backend):
     return q.new_empty(len(want.split()), *q.shape[:3], dtype=accumulator(q))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.want = inputs[-2].split()
+    pivot, largest = (output[ctx.want.index(name)] for name in ("pivot", "max"))
+    save(ctx, inputs, pivot, largest)
+
+
+def _backward(ctx, grad):
+    upstream = {name: x for name, x in zip(ctx.want, grad.unbind(), strict=True) if name in DIFFERENTIABLE}
+    return *input_gradients(ctx, **upstream), None, None
+
+
+row_statistics.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _row_statistics_torch(q: Tensor, k: Tensor, logits: Logits, want: list[str]) -> Tensor:

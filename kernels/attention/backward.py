@@ -43,7 +43,9 @@ def launch_dq(D: int, itemsize: int, arch: int) -> Launch:
         return Launch(32, 32, 4, 1)
     if itemsize == 4:
         return Launch(16, 16, 8, 1)
-    return Launch(128, 32, 8, 2) if D <= 64 else Launch(64, 32, 8, 2)
+    if arch in (90, 100):
+        return Launch(128, 32, 8, 2) if D <= 64 else Launch(64, 32, 8, 2)
+    return Launch(32, 32, 4 if D <= 64 else 8, 2)
 
 
 def launch_dkv(D: int, itemsize: int, arch: int) -> Launch:
@@ -52,7 +54,9 @@ def launch_dkv(D: int, itemsize: int, arch: int) -> Launch:
         return Launch(32, 32, 4, 1)
     if itemsize == 4:
         return Launch(16, 16, 4, 1)
-    return Launch(32, 128, 8, 2) if D <= 64 else Launch(32, 64, 8, 2)
+    if arch in (90, 100):
+        return Launch(32, 128, 8, 2) if D <= 64 else Launch(32, 64, 8, 2)
+    return Launch(32, 32, 4 if D <= 64 else 8, 2)
 
 
 @triton.jit

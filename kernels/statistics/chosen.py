@@ -72,8 +72,8 @@ def chosen_probs_fwd(
     B, H, T, D = q.shape
     S, N = k.shape[2], chosen.shape[2]
     out = torch.empty(B, H, T, N, dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
-        return out
+    if out.numel() == 0 or S == 0:
+        return out.zero_()
     _chosen_probs_kernel[(triton.cdiv(T, BLOCK_M) * B * H,)](
         q, k, start, stop, bias, slopes, pivot.contiguous(), largest.contiguous(), chosen, out,
         *score_strides(q, k, start, bias, slopes),
