@@ -148,6 +148,18 @@ class ScoreGradients:
         tile += grad.sum_to_size(tile.shape)
 
 
+def sink_gradient(sink: Tensor, pivot: Tensor, largest: Tensor, delta: Tensor, exact: bool) -> Tensor:
+    """−Σ_i e^{sink − lse_i} δ_i of each head over the rows that may attend something.
+
+    δ_i = Σ_j A_ij ∂L/∂A_ij − ∂L/∂lse_i; exact: the forward took sink · log2 e in float64.
+    """
+    # with the rounding that largest has seen, which is a large one of a large sink
+    above = (sink.to(torch.float64 if exact else torch.float32) * LOG2E)[:, None] - pivot
+    # beyond 64 the sink takes all, and largest may have lost its digits
+    taken = torch.where(above > 64, 1, torch.exp2(above.double()) * largest)
+    return -(taken * delta).masked_fill(pivot <= FLOOR, 0).sum((0, 2)).to(sink.dtype)
+
+
 def row_factors(head: Head, pivot: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """Of A = exp2(x − pivot)·largest, the factors of one head's rows as columns, 0 where rows fill up a tile."""
     return tuple(padded(x[head.b, head.h, :, None].to(head.dtype), BLOCK) for x in (pivot, largest))

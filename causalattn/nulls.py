@@ -89,7 +89,7 @@ def permutation_null(
         >>> permutation_null(q, k, causal=True).mean
         tensor([[0.4792]])
     """
-    _check_statistic(statistic)
+    check_statistic(statistic)
     check_qk(q, k)
     intervals = resolve_mask(q, k, mask, causal)
     stats = attention_stats(
@@ -138,7 +138,7 @@ def null_from_stats(
         >>> null_from_stats(stats, Mask().resolve(4, 4), 4, "distance").mean
         tensor([[1.2500]])
     """
-    _check_statistic(statistic)
+    check_statistic(statistic)
     source = SOURCE[statistic]
     for name in ("mass", "sum_sq", source):
         if getattr(stats, name) is None:
@@ -206,6 +206,6 @@ def _joined(left: _Weights, right: _Weights) -> _Weights:
     return _Weights(count, mean, left.spread + right.spread + between)
 
 
-def _check_statistic(statistic: str) -> None:
+def check_statistic(statistic: str) -> None:
     if statistic not in SOURCE:
         raise ValueError(f"statistic must be one of {', '.join(SOURCE)}, got {statistic!r}")

@@ -1,5 +1,6 @@
 """attention_map on every path against the float64 specification."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -260,3 +261,49 @@ def test_bad_input_is_named(error, match, cells, options):
 def test_bad_windows_are_named(match, bounds):
     with pytest.raises(ValueError, match=match):
         attention_map(GOOD, GOOD).window(*bounds)
+
+
+def pooling(count, cells):
+    """[cells, count]: the mean over each cell as a matrix."""
+    edges = [c * count // cells for c in range(cells + 1)]
+    return torch.stack([
+        torch.tensor([float(low <= i < high) / (high - low) for i in range(count)], dtype=torch.float64, device=DEVICE)
+        for low, high in itertools.pairwise(edges)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cells", [1, 7, 512])
+def test_gradient_of_the_mean(backend, dtype, cells):
+    B, H, T, S = 2, 4, 33, 40
+    q, k, _ = make_qkv(B, H, 2, T, S, 16, dtype=dtype)
+    options = {"sink": torch.full((H,), 0.5, device=DEVICE), "softcap": 3.0, "bias": torch.randn(1, H, 1, S).to(DEVICE)}
+    mask = causal() & padding([S, 21])
+    seen = mask.resolve(T, S, device=DEVICE).to_dense(S)
+    R, C = min(cells, T), min(cells, S)
+    upstream = torch.randn(B, H, R, C, device=DEVICE)
+
+    def gradients(dtype, mean):
+        inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (q, k, options["sink"], options["bias"])]
+        pooled = mean(*inputs[:2], softcap=3.0, sink=inputs[2], bias=inputs[3])
+        return torch.autograd.grad((pooled * upstream.to(pooled.dtype)).sum(), inputs)
+
+    def plain(q, k, **options):
+        # a row without keys sees everything here, and is left out
+        A = plain_attention(q, k, k, seen | ~seen.any(-1, keepdim=True), **options)[2]
+        A = A.masked_fill(~seen.any(-1)[:, None, :, None], 0)
+        return pooling(T, R).to(A.dtype) @ A @ pooling(S, C).to(A.dtype).T
+
+    def ours(q, k, **options):
+        return attention_map(q, k, cells, mask=mask, backend=backend, **options).mean
+
+    results = (gradients(None, ours), gradients(None, plain), gradients(torch.float64, plain))
+    for got, rival, exact in zip(*results, strict=True):
+        assert_within_reference_error(got, rival, to_numpy(exact), axis=None, roundings=score_roundings(q, k))
+
+
+def test_gradcheck_of_the_mean():
+    q, k, _ = (x.requires_grad_() for x in make_qkv(1, 2, 1, 9, 11, 3, dtype=torch.float64, strided=False))
+    torch.autograd.gradcheck(lambda q, k: attention_map(q, k, 4, mask=causal()).mean, (q, k), fast_mode=True)
+    assert not attention_map(q, k, 4).max.requires_grad

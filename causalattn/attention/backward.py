@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .._checks import Logits
-from .._tiles import BLOCK, FLOOR, LOG2E, Head, ScoreGradients, heads, padded, reached_values, row_factors
+from .._tiles import BLOCK, Head, ScoreGradients, heads, padded, reached_values, row_factors, sink_gradient
 
 
 @torch.library.custom_op("causalattn::attention_backward", mutates_args=())
@@ -32,14 +32,16 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, bias and sink, empty where there is none; dout is given where v is."""
     logits = Logits(start, stop, offset, bias, slopes, scale, softcap, sink)
-    if use_triton(backend, q):
+    triton = use_triton(backend, q)
+    if triton:
         from ..kernels.attention.backward import attention_bwd
 
         upstream = (pivot, largest, out, dout, dlse, dprobs)
         *gradients, delta = attention_bwd(q, k, v, *logits[:-1], *upstream, bias_grad)
-        return *gradients, _sink_gradient(sink, pivot, largest, delta, torch.float32)
-    *gradients, delta = _attend_backward_torch(q, k, v, logits, pivot, largest, out, dout, dlse, dprobs, bias_grad)
-    return *gradients, _sink_gradient(sink, pivot, largest, delta, torch.float64)
+    else:
+        *gradients, delta = _attend_backward_torch(q, k, v, logits, pivot, largest, out, dout, dlse, dprobs, bias_grad)
+    dsink = q.new_empty(0) if sink is None else sink_gradient(sink, pivot, largest, delta, not triton)
+    return *gradients, dsink
 
 
 @attend_backward.register_fake
@@ -50,19 +52,8 @@ def _(q, k, v, start, stop, offset, bias, slopes, scale, softcap, sink,
         k.new_empty(k.shape),
         k.new_empty(0 if v is None else v.shape),
         q.new_empty(bias.shape if bias_grad else 0, dtype=accumulator(q)),
-        q.new_empty(0 if sink is None else sink.shape, dtype=accumulator(q)),
+        q.new_empty(0) if sink is None else sink.new_empty(sink.shape),
     )
-
-
-def _sink_gradient(sink: Tensor | None, pivot: Tensor, largest: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
-    """−Σ_i e^{sink − lse_i} δ_i of each head, rows that may attend nothing left out; dtype: as forward took it."""
-    if sink is None:
-        return delta.new_empty(0)
-    # with the rounding that largest has seen, which is a large one of a large sink
-    above = ((sink.to(dtype) * LOG2E)[:, None] - pivot).double()
-    # beyond 64 the sink takes all, and largest may have lost its digits
-    taken = torch.where(above > 64, 1, torch.exp2(above) * largest)
-    return -(taken * delta).masked_fill(pivot <= FLOOR, 0).sum((0, 2)).to(delta.dtype)
 
 
 def _attend_backward_torch(

@@ -60,7 +60,7 @@ def _backward(ctx, dout, dlse, _pivot, _largest, dprobs):
     )  # fmt: skip
     dv = None if v is None else dv
     dbias = dbias.to(bias.dtype) if ctx.needs_input_grad[6] else None
-    dsink = None if sink is None else dsink.to(sink.dtype)
+    dsink = None if sink is None else dsink
     return dq, dk, dv, None, None, None, dbias, None, None, None, dsink, None, None
 
 

@@ -9,6 +9,7 @@ from .._backend import Backend, accumulator, use_triton
 from .._checks import Logits, check_qk, resolve_logits, resolve_mask
 from .._tiles import BLOCK, heads, row_factors
 from ..masks import Intervals, Mask
+from ..statistics.backward import input_gradients, save
 from .forward import attend
 
 
@@ -81,7 +82,8 @@ def attention_map(
         backend: "auto" takes Triton for CUDA tensors and torch otherwise.
 
     Returns:
-        AttentionMap; `.window(q0, q1, k0, k1)` recomputes any part of A exactly, from q and k, which it keeps.
+        AttentionMap; mean has gradients for q, k, bias and sink, max has none. `.window(q0, q1, k0, k1)` recomputes any
+        part of A exactly, from q and k, which it keeps.
 
     Raises:
         ValueError: cells < 1, or a shape, device, mask or softcap that does not fit.
@@ -148,6 +150,27 @@ def pool(
 def _(q, k, start, stop, offset, bias, slopes, scale, softcap, sink, pivot, largest, cells, backend):
     shape = (*q.shape[:2], torch.sym_min(cells, q.shape[2]), torch.sym_min(cells, k.shape[2]))
     return q.new_empty(shape, dtype=accumulator(q)), q.new_empty(shape, dtype=accumulator(q))
+
+
+def _setup_context(ctx, inputs, output):
+    save(ctx, inputs, *inputs[10:12])
+    ctx.cells = inputs[12]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _peak):
+    q, k = ctx.saved_tensors[:2]
+    T, S = q.shape[2], k.shape[2]
+    R, C = grad.shape[2:]
+    rows, keys = (_edges(count, ctx.cells, q.device).diff() for count in (T, S))
+    row_cells, key_cells = (
+        ((torch.arange(count, device=q.device) + 1) * n - 1) // max(count, 1) for count, n in ((T, R), (S, C))
+    )
+    cells = {"cells": grad / (rows[:, None] * keys), "row_cells": row_cells * C, "key_cells": key_cells}
+    return *input_gradients(ctx, **cells), None, None, None, None
+
+
+pool.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _edges(count: int, cells: int, device: torch.device) -> Tensor:

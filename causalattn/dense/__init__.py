@@ -8,17 +8,17 @@ from torch import Tensor
 from .._backend import Backend, accumulator
 from .._checks import FLOATS, check_square, resolve_mask
 from ..masks import Intervals, Mask
-from ..nulls import SOURCE, Null, Statistic, _check_statistic, null_from_stats
-from ..statistics import (
-    DEFAULT,
+from ..nulls import SOURCE, Null, Statistic, check_statistic, null_from_stats
+from ..statistics import DEFAULT
+from ..statistics.results import (
     Asymmetry,
     AttentionStats,
-    _asymmetry,
-    _chosen_keys,
-    _columns,
-    _diagonal,
-    _share,
-    _wanted,
+    asymmetry_of,
+    chosen_keys,
+    column_statistics,
+    diagonal,
+    share,
+    wanted,
 )
 from .offsets import offset_means
 from .pairs import PAIRS, dense_pairs
@@ -62,11 +62,11 @@ def attention_stats(
         tensor([1., 1., 1., 1.])
     """
     heads = _heads(A)
-    want = _wanted(want) - {"lse"}
+    want = wanted(want) - {"lse"}
     if want & {"net_flow", "asymmetry"}:
         check_square("net_flow and asymmetry", heads, heads.mT)
     intervals = resolve_mask(heads, heads.mT, mask, False)
-    chosen = _chosen_keys(columns, intervals, heads.shape[3])
+    chosen = chosen_keys(columns, intervals, heads.shape[3])
     stats = _statistics(heads, intervals, want, chosen, backend)
     return AttentionStats(**{name: _like(A, stats[name]) for name in stats if name in want})
 
@@ -158,7 +158,7 @@ def permutation_null(
         >>> permutation_null(torch.full((4, 4), 0.25)).mean
         tensor(0.3750)
     """
-    _check_statistic(statistic)
+    check_statistic(statistic)
     heads = _heads(A)
     intervals = resolve_mask(heads, heads.mT, mask, False)
     want = ("mass", "sum_sq", SOURCE[statistic])
@@ -239,7 +239,7 @@ def _statistics(
         packed, received = dense_rows(heads, intervals.offset, " ".join(names), backend)
         stats = dict(zip(names, packed.unbind(), strict=False))
         if "received" in rows:
-            stats |= _columns(received, stats["mass"], intervals)
+            stats |= column_statistics(received, stats["mass"], intervals)
     if pairs:
         names = [name for name in PAIRS if name in pairs]
         packed, flow = dense_pairs(heads, " ".join(names), backend)
@@ -248,12 +248,12 @@ def _statistics(
             stats["net_flow"] = flow
     if "dag_score" in want:
         below, mass = ((whole[x][..., None] if "below" in whole else stats[x]) for x in ("below", "mass"))
-        stats["dag_score"] = _share(below, mass)
+        stats["dag_score"] = share(below, mass)
     if "asymmetry" in want:
         differences = (whole[name] for name in ("difference_sq", "l1", "max"))
-        stats["asymmetry"] = _asymmetry(*differences, whole["sum_sq"][..., None], stats["net_flow"])
+        stats["asymmetry"] = asymmetry_of(*differences, whole["sum_sq"][..., None], stats["net_flow"])
     if "diag" in want:
-        stats["diag"] = _picked(heads, _diagonal(intervals)).squeeze(-1)
+        stats["diag"] = _picked(heads, diagonal(intervals)).squeeze(-1)
     if "columns" in want:
         stats["columns"] = _picked(heads, chosen)
     return stats

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .._tiles import BLOCK
-from .rows import _ties, tile
+from .rows import tied_shares, tile
 
 PAIRS = ("mass", "below", "sum_sq", "difference_sq", "l1", "max", "net_flow")
 
@@ -55,7 +55,7 @@ def _backward(ctx, grad_heads, grad_flow):
         "sum_sq": lambda: 2 * x,
         "difference_sq": lambda: 4 * d,
         "l1": lambda: 2 * d.sign(),
-        "max": lambda: 2 * d.sign() * _ties(d.abs(), (-2, -1)),
+        "max": lambda: 2 * d.sign() * tied_shares(d.abs(), (-2, -1)),
     }
     total = torch.zeros_like(x)
     for grad, name in zip(grad_heads, ctx.names, strict=False):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .._tiles import BLOCK
-from ..statistics.rows import _below
+from ..statistics.rows import below_diagonal
 
 ROWS = ("max", "mass", "entropy", "sum_sq", "below", "distance", "received")
 
@@ -48,7 +48,7 @@ def _backward(ctx, grad_rows, grad_received):
     x = A.to(accumulator(A))
     below = torch.arange(T, device=A.device)[:, None] + ctx.offset - torch.arange(S, device=A.device)
     slopes = {
-        "max": lambda: _ties(x, -1),
+        "max": lambda: tied_shares(x, -1),
         "mass": lambda: 1.0,
         # log 0 is −∞: an entry of 0, as a mask leaves it, takes no gradient
         "entropy": lambda: torch.where(x > 0, -1 - x.log(), 0),
@@ -67,7 +67,7 @@ def _backward(ctx, grad_rows, grad_received):
 dense_rows.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _ties(x: Tensor, axes: int | tuple[int, ...]) -> Tensor:
+def tied_shares(x: Tensor, axes: int | tuple[int, ...]) -> Tensor:
     """The gradient of a maximum: equal shares of it."""
     if x.numel() == 0:
         return x
@@ -113,7 +113,7 @@ def _add_tile(sums: Tensor, a: Tensor, position: int, n: int, names: list[str]) 
         elif name == "sum_sq":
             total += _row_sums(a.square())
         elif name == "below":
-            total += _below(a, mass, position, n)
+            total += below_diagonal(a, mass, position, n)
         else:
             rows, keys = (torch.arange(x, x + BLOCK, device=a.device, dtype=a.dtype) for x in (position, n))
             total += _row_sums((rows[:, None] - keys).abs_().mul_(a))

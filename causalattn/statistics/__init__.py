@@ -1,7 +1,6 @@
 """Statistics of the attention map from q and k: per row, per column, per token and per head, never the map itself."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,37 +11,8 @@ from ..masks import Intervals, Mask
 from .chosen import chosen_probs
 from .pairs import pair_statistics
 from .received import received as received_pass
+from .results import Asymmetry, AttentionStats, asymmetry_of, chosen_keys, column_statistics, diagonal, share, wanted
 from .rows import ROWS, row_statistics
-
-
-class Asymmetry(NamedTuple):
-    """How far A is from Aᵀ: frobenius, ratio, l1, max [B, H] and net_flow [B, H, T]; max has no gradient."""
-
-    frobenius: Tensor
-    ratio: Tensor
-    l1: Tensor
-    max: Tensor
-    net_flow: Tensor
-
-
-class AttentionStats(NamedTuple):
-    """What `attention_stats` was asked for, float32 (float64 for float64 q); None where it was not."""
-
-    lse: Tensor | None = None
-    max: Tensor | None = None
-    mass: Tensor | None = None
-    entropy: Tensor | None = None
-    sum_sq: Tensor | None = None
-    below: Tensor | None = None
-    diag: Tensor | None = None
-    distance: Tensor | None = None
-    columns: Tensor | None = None
-    received: Tensor | None = None
-    received_mean: Tensor | None = None
-    net_flow: Tensor | None = None
-    dag_score: Tensor | None = None
-    asymmetry: Asymmetry | None = None
-
 
 ROW_STATISTICS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "diag", "distance", "columns")
 DEFAULT = (*ROW_STATISTICS, "dag_score")
@@ -100,13 +70,13 @@ def attention_stats(
     """
     check_qk(q, k)
     by_default = want == DEFAULT
-    want = _wanted(want)
+    want = wanted(want)
     if "max" in want and not by_default and _records_gradient(q, k, bias, sink):
         raise NotImplementedError("max has no gradient: leave it out of want, got a tensor that requires grad")
     if want & {"net_flow", "asymmetry"}:
         check_square("net_flow and asymmetry", q, k)
     intervals = resolve_mask(q, k, mask, causal)
-    chosen = _chosen_keys(columns, intervals, k.shape[2])
+    chosen = chosen_keys(columns, intervals, k.shape[2])
     logits = resolve_logits(
         q, k, intervals, bias=bias, alibi_slopes=alibi_slopes, scale=scale, softcap=softcap, sink=sink
     )
@@ -116,19 +86,19 @@ def attention_stats(
     # the gradient of each later pass goes through the normaliser by itself
     factors = (rows.get("pivot"), rows.get("max"))
     if want & {"diag", "columns"}:
-        picked = torch.cat([_diagonal(intervals)] * ("diag" in want) + [chosen] * ("columns" in want), -1)
+        picked = torch.cat([diagonal(intervals)] * ("diag" in want) + [chosen] * ("columns" in want), -1)
         probs = chosen_probs(q, k, *logits, *factors, picked, backend)
         if "diag" in want:
             stats["diag"], probs = probs[..., 0], probs[..., 1:]
         if "columns" in want:
             stats["columns"] = probs
     if want & {"received", "received_mean", "net_flow", "asymmetry"}:
-        stats |= _columns(received_pass(q, k, *logits, *factors, backend), rows["mass"], intervals)
+        stats |= column_statistics(received_pass(q, k, *logits, *factors, backend), rows["mass"], intervals)
     if "dag_score" in want:
-        stats["dag_score"] = _share(rows["below"], rows["mass"])
+        stats["dag_score"] = share(rows["below"], rows["mass"])
     if "asymmetry" in want:
         pairs = pair_statistics(q, k, *logits, *factors, backend)
-        stats["asymmetry"] = _asymmetry(*pairs.unbind(), rows["sum_sq"], stats["net_flow"])
+        stats["asymmetry"] = asymmetry_of(*pairs.unbind(), rows["sum_sq"], stats["net_flow"])
     return AttentionStats(**{name: value for name, value in stats.items() if name in want})
 
 
@@ -241,15 +211,6 @@ def score_asymmetry(q: Tensor, k: Tensor) -> Tensor:
     return result
 
 
-def _wanted(want: str | Iterable[str]) -> set[str]:
-    if want == "all":
-        return set(AttentionStats._fields)
-    names = {want} if isinstance(want, str) else set(want)
-    if unknown := sorted(names - set(AttentionStats._fields)):
-        raise ValueError(f"want must be 'all' or names among {', '.join(AttentionStats._fields)}, got {unknown[0]!r}")
-    return names
-
-
 def _rows(q: Tensor, k: Tensor, logits: Logits, want: set[str], backend: Backend) -> dict[str, Tensor]:
     """The row statistics that want names, and those that the passes after this one need."""
     needed = set(want)
@@ -271,55 +232,3 @@ def _rows(q: Tensor, k: Tensor, logits: Logits, want: set[str], backend: Backend
 
 def _records_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _diagonal(intervals: Intervals) -> Tensor:
-    """[B or 1, T, 1] int32: each query's own key position."""
-    start = intervals.start
-    positions = torch.arange(start.shape[1], dtype=torch.int32, device=start.device) + intervals.offset
-    return positions.expand_as(start)[..., None]
-
-
-def _chosen_keys(columns: Sequence[int | str], intervals: Intervals, S: int) -> Tensor:
-    """[B or 1, T, len(columns)] int32."""
-    chosen = []
-    for column in columns:
-        if column == "sink":
-            chosen.append(intervals.first)
-        elif isinstance(column, int) and -S <= column < S:
-            chosen.append(torch.full_like(intervals.first, column % S))
-        else:
-            raise ValueError(f"columns must hold 'sink' or positions from {-S} to {S - 1}, got {column!r}")
-    return torch.stack(chosen, -1) if chosen else intervals.first[..., None][..., :0]
-
-
-def _columns(received: Tensor, mass: Tensor, intervals: Intervals) -> dict[str, Tensor]:
-    columns = {"received": received}
-    # how many rows may attend each key: +1 where an interval starts, −1 where it stops, summed up
-    edges = torch.zeros(len(intervals.start), received.shape[2] + 1, dtype=torch.int32, device=received.device)
-    one = torch.ones_like(intervals.start)
-    edges.scatter_add_(1, intervals.start.long(), one).scatter_add_(1, intervals.stop.long(), -one)
-    rows = edges.cumsum(1)[:, None, :-1]
-    columns["received_mean"] = received / rows.clamp(min=1)
-    if mass.shape[2] == received.shape[2]:
-        columns["net_flow"] = mass - received
-    return columns
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """Σ part / Σ whole over the rows, summed in float64; 0 where there is nothing."""
-    total = whole.sum(-1, dtype=torch.float64)
-    share = part.sum(-1, dtype=torch.float64) / total.masked_fill(total == 0, 1)
-    return share.masked_fill(total == 0, 0).to(part.dtype)
-
-
-def _asymmetry(difference_sq: Tensor, l1: Tensor, largest: Tensor, sum_sq: Tensor, net_flow: Tensor) -> Asymmetry:
-    # ‖A + Aᵀ‖² = 4 Σ A² − ‖A − Aᵀ‖² cannot cancel: A ≥ 0, so ‖A − Aᵀ‖² is at most half of 4 Σ A²
-    total = 4 * sum_sq.sum(-1, dtype=torch.float64) - difference_sq
-    ratio = _root(difference_sq / total.masked_fill(total == 0, 1)).to(difference_sq.dtype)
-    return Asymmetry(_root(difference_sq), ratio, l1, largest.detach(), net_flow)
-
-
-def _root(x: Tensor) -> Tensor:
-    """√x, whose gradient at 0 is taken to be 0."""
-    return x.masked_fill(x == 0, 1).sqrt().masked_fill(x == 0, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .._checks import Logits
-from .._tiles import BLOCK, FLOOR, LN2, LOG2E, Head, ScoreGradients, heads, padded, row_factors
+from .._tiles import BLOCK, LN2, Head, ScoreGradients, heads, padded, row_factors, sink_gradient
 
 # of a row, in the order of `Upstream`
 DIFFERENTIABLE = ("lse", "mass", "entropy", "sum_sq", "below", "distance")
@@ -30,6 +30,9 @@ class Upstream(NamedTuple):
     picked: Tensor | None = None  # [B, H, T, n], of A at chosen
     chosen: Tensor | None = None  # [B or 1, T, n] int32, no gradient itself
     pairs: Tensor | None = None  # [2, B, H], of Σ(A_ij − A_ji)² and Σ|A_ij − A_ji|
+    cells: Tensor | None = None  # [B, H, R, C], of the sums of A over cells
+    row_cells: Tensor | None = None  # [T] int64, C times the cell of each row
+    key_cells: Tensor | None = None  # [S] int64, the cell of each key
 
 
 @torch.library.custom_op("causalattn::statistics_backward", mutates_args=())
@@ -56,19 +59,24 @@ def statistics_backward(
     picked: Tensor | None,
     chosen: Tensor | None,
     pairs: Tensor | None,
+    cells: Tensor | None,
+    row_cells: Tensor | None,
+    key_cells: Tensor | None,
     bias_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q and k, of bias if asked for, of sink if there is one (else empty), from those of `Upstream`."""
     logits = Logits(start, stop, offset, bias, slopes, scale, softcap, sink)
-    up = Upstream(lse, mass, entropy, sum_sq, below, distance, received, picked, chosen, pairs)
-    if use_triton(backend, q):
+    rows = (lse, mass, entropy, sum_sq, below, distance)
+    up = Upstream(*rows, received, picked, chosen, pairs, cells, row_cells, key_cells)
+    triton = use_triton(backend, q)
+    if triton:
         from ..kernels.statistics.backward import statistics_bwd
 
         dq, dk, dbias, delta = statistics_bwd(q, k, *logits[:-1], pivot, largest, up, bias_gradient)
     else:
         dq, dk, dbias, delta = _statistics_backward_torch(q, k, logits, pivot, largest, up, bias_gradient)
-    dsink = q.new_empty(0) if sink is None else _sink_gradient(sink, pivot, largest, delta)
+    dsink = q.new_empty(0) if sink is None else sink_gradient(sink, pivot, largest, delta, not triton)
     return dq, dk, q.new_empty(0) if dbias is None else dbias.to(bias.dtype), dsink
 
 
@@ -98,13 +106,6 @@ def input_gradients(ctx, **upstream: Tensor) -> tuple[Tensor | None, ...]:
         *(dq if wanted[0] else None, dk if wanted[1] else None, None, None, None),
         *(dbias if wanted[5] else None, None, None, None, dsink if wanted[9] else None),
     )
-
-
-def _sink_gradient(sink: Tensor, pivot: Tensor, largest: Tensor, delta: Tensor) -> Tensor:
-    """−Σ p_sink·delta over sequences and rows; a row beside whose sink every A_ij is 0 gives its sink everything."""
-    share = torch.exp2(sink.double()[:, None] * LOG2E - pivot + largest.double().log2())
-    share = share.masked_fill(largest == 0, 1).masked_fill(pivot <= FLOOR, 0)
-    return -(share * delta.masked_fill(pivot <= FLOOR, 0)).sum((0, 2)).to(sink.dtype)
 
 
 def _statistics_backward_torch(
@@ -146,6 +147,11 @@ class _Tiles:
             chosen = up.chosen[b if up.chosen.shape[0] > 1 else 0]
             self.chosen, self.picked = padded(chosen, BLOCK).long(), padded(up.picked[b, h].to(head.dtype), BLOCK)
         self.pairs = None if up.pairs is None else up.pairs[:, b, h].to(head.dtype)
+        self.cells = None
+        if up.cells is not None:
+            self.cells = up.cells[b, h].to(head.dtype)
+            rows, keys = up.row_cells[:, None] // self.cells.shape[1], up.key_cells[:, None]
+            self.row_cells, self.key_cells = (padded(x, BLOCK)[:, 0] for x in (rows, keys))
 
     def probs_and_gradient(self, m: int, n: int) -> tuple[Tensor, Tensor]:
         """A, in the head's buffer, and G of rows m… and keys n…; where A is 0, G may be anything."""
@@ -168,6 +174,8 @@ class _Tiles:
             grad += column["distance"] * after.abs_()
         if self.received is not None:
             grad += self.received[:, keys]
+        if self.cells is not None:
+            grad += self.cells[self.row_cells[rows]][:, self.key_cells[keys]]
         if self.chosen is not None:
             _add_chosen(grad, self.chosen[rows] - n, self.picked[rows])
         if self.pairs is not None:

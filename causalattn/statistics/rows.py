@@ -109,13 +109,13 @@ def _tile_sums(x: Tensor, position: int, n: int, want: list[str]) -> dict[str, T
     if "sum_sq" in want:
         tile["sum_sq"] = torch.linalg.vector_norm(p, dim=1).square()
     if "below" in want:
-        tile["below"] = _below(p, tile["mass"], position, n)
+        tile["below"] = below_diagonal(p, tile["mass"], position, n)
     if "distance" in want:
         tile["distance"] = _distance(p, tile["mass"], position, n)
     return tile
 
 
-def _below(p: Tensor, mass: Tensor, position: int, n: int) -> Tensor:
+def below_diagonal(p: Tensor, mass: Tensor, position: int, n: int) -> Tensor:
     if n + BLOCK <= position:
         return mass
     if n >= position + BLOCK - 1:

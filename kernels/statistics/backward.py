@@ -4,10 +4,12 @@
     dq_i = scale·Σ_j dS_ij k_j,  dk_j = scale·Σ_i dS_ij q_i,  dbias_ij = dS_ij
     G_ij = g_mass_i + g_entropy_i (lse_i − S_ij − 1) + 2 g_sum_sq_i A_ij + g_below_i [j < p_i] + g_distance_i |p_i − j|
            + g_received_j + Σ_c g_picked_ic [j = chosen_ic] + 4 g_pairs₀ (A_ij − A_ji) + 2 g_pairs₁ sign(A_ij − A_ji)
+           + g_cells of the cell that (i, j) lies in
 
 Shapes: q [B, H, T, D], k [B, H_kv, S, D], start and stop [B or 1, T] int32, bias [B or 1, H or 1, T or 1, S or 1],
 slopes [B or 1, H], pivot and largest [B, H, T]; of G, None where a statistic has no gradient, float32: those of rows
-[B, H, T], received [B, H, S], picked [B, H, T, n], chosen [B or 1, T, n] int32, pairs [2, B, H]; δ [B, H, T] float32.
+[B, H, T], received [B, H, S], picked [B, H, T, n], chosen [B or 1, T, n] int32, pairs [2, B, H], cells [B, H, R, C];
+δ [B, H, T] float32.
 Precision: float32 scores in base 2 and accumulators, δ float64 across tiles, dS in the inputs' dtype where it meets q
 and k. dk belongs to one program a block of keys, which takes the query heads and their rows in order: no atomics.
 Cost: 10·D flops and three exp2 a score: the scores are formed for δ, for dq and for dk; pairs double all but 4·D.
@@ -50,6 +52,7 @@ class _Coefficients(NamedTuple):
     below: tl.tensor | None
     distance: tl.tensor | None
     received: tl.tensor | None
+    cells: tl.tensor | None
     squares: tl.tensor | None  # of pairs, this and the next
     absolute: tl.tensor | None
 
@@ -92,6 +95,18 @@ def _shifted(ptr, offs):
     else:
         shifted = ptr + offs
     return shifted
+
+
+@triton.jit
+def _cells(up, head, offs_row, offs_key, T, S):
+    """The gradient of the cell that each pair lies in, None without cells."""
+    if up.cells is None:
+        value = None
+    else:
+        row = tl.load(up.row_cells + offs_row, mask=offs_row < T, other=0)
+        key = tl.load(up.key_cells + offs_key, mask=offs_key < S, other=0)
+        value = tl.load(up.cells + head + row + key)
+    return value
 
 
 @triton.jit
@@ -156,6 +171,8 @@ def _map_gradient(
         grad += of.distance * tl.abs(position - offs_key).to(tl.float32)
     if of.received is not None:
         grad += of.received
+    if of.cells is not None:
+        grad += of.cells
     if picked_ptr is not None:
         grad += tl.zeros_like(p)
         for c in range(N):
@@ -178,7 +195,7 @@ def _statistics_bwd_dq_kernel(
     stride_ib,
     stride_bb, stride_bh, stride_bt, stride_bs,
     stride_lb, stride_lh,
-    stride_cb, stride_ct, stride_cn,
+    stride_cb, stride_ct, stride_cn, stride_gh,
     first, last, H, GROUP, T, S, N, offset, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):
@@ -231,7 +248,8 @@ def _statistics_bwd_dq_kernel(
                 up, k_m, q_ptr, offs_n, stride_qt, stride_qd, start_ptr, stop_ptr, pivot_ptr, largest_ptr,
                 offs_row, offs_key, T, offset, bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, D, BLOCK_D)
             received = _optional(up.received, pid_bh * S + offs_key, offs_key < S)
-            of = _Coefficients(constant, entropy, sum_sq, below, distance, received, squares, absolute)
+            cells = _cells(up, pid_bh * stride_gh, offs_row, offs_key, T, S)
+            of = _Coefficients(constant, entropy, sum_sq, below, distance, received, cells, squares, absolute)
             ds = _map_gradient(
                 p, x, of, offs_row, offs_key, offset, mirror, chosen_ptr, picked_ptr, stride_cn, N, mask_row)
             if dq_ptr is None:
@@ -260,7 +278,7 @@ def _statistics_bwd_dk_kernel(
     stride_ib,
     stride_bb, stride_bh, stride_bt, stride_bs,
     stride_lb, stride_lh,
-    stride_eb, stride_cb, stride_ct, stride_cn,
+    stride_eb, stride_cb, stride_ct, stride_cn, stride_gh,
     H, GROUP, T, S, N, offset, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):
@@ -303,7 +321,7 @@ def _statistics_bwd_dk_kernel(
                 of = _Coefficients(
                     constant, _optional(up.entropy, rows, mask_row), _optional(up.sum_sq, rows, mask_row),
                     _optional(up.below, rows, mask_row), _optional(up.distance, rows, mask_row),
-                    received, squares, absolute)
+                    received, _cells(up, pid_bh * stride_gh, offs_row, offs_key, T, S), squares, absolute)
                 dots = dot(k, tl.trans(q))
                 p, x = _probs(
                     dots, offs_row, offs_key, start[None, :], stop[None, :], pivot, largest, T, S, offset,
@@ -348,9 +366,10 @@ def statistics_bwd(
         return dq.zero_(), dk.zero_(), dbias, delta.zero_()
     factors = pivot.contiguous(), largest.contiguous()
     head = H, H // k.shape[1], T, S, 0 if up.picked is None else up.picked.shape[3], offset, scale, softcap or None
-    chosen = (0, 0, 0)
+    of_up = (0, 0, 0)
     if up.chosen is not None:
-        chosen = up.chosen.stride(0) if up.chosen.shape[0] > 1 else 0, *up.chosen.stride()[1:]
+        of_up = up.chosen.stride(0) if up.chosen.shape[0] > 1 else 0, *up.chosen.stride()[1:]
+    of_up += (0 if up.cells is None else up.cells.shape[2] * up.cells.shape[3],)
     if up.pairs is not None:
         up = up._replace(pairs=up.pairs.permute(1, 2, 0).contiguous())
     strides = score_strides(q, k, start, bias, slopes)
@@ -364,7 +383,7 @@ def statistics_bwd(
     def by_rows(first, last, dq, ds):
         _statistics_bwd_dq_kernel[(triton.cdiv(last - first, tiles.BLOCK_M) * B * H,)](
             q, k, start, stop, bias, slopes, *factors, up, delta, dq, ds,
-            *strides, *chosen, first, last, *head, **constants, **tiles._asdict(),
+            *strides, *of_up, first, last, *head, **constants, **tiles._asdict(),
         )
 
     by_rows(0, T, None, None)
@@ -380,6 +399,6 @@ def statistics_bwd(
     bounds = block_bounds(start, stop, tiles.BLOCK_M)
     _statistics_bwd_dk_kernel[(triton.cdiv(S, tiles.BLOCK_N) * B * k.shape[1],)](
         q, k, start, stop, bounds, bias, slopes, *factors, up, delta, dk,
-        *strides, bounds.stride(0) if start.shape[0] > 1 else 0, *chosen, *head, **constants, **tiles._asdict(),
+        *strides, bounds.stride(0) if start.shape[0] > 1 else 0, *of_up, *head, **constants, **tiles._asdict(),
     )
     return dq, dk, dbias, delta
