@@ -11,6 +11,7 @@ from .attention import (
     attention_rows,
     attention_topk,
 )
+from .integrations import bertviz as _bertviz  # noqa: F401  (ca.integrations.bertviz.head_view)
 from .integrations import transformers as _transformers  # noqa: F401  (ca.integrations.transformers.register())
 from .masks import Intervals, Mask, causal, chunked, full, intervals, packed, padding, prefix, sliding_window
 from .nulls import Null, null_from_stats, permutation_null

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .attention import attention_rows
 from .integrations.transformers.attention import AttentionCall, recorder
 from .integrations.transformers.families import self_attention, using
 from .masks import Intervals
@@ -115,7 +116,7 @@ def analyze(
 
     def score(layer: int, call: AttentionCall, total: int) -> AttentionStats:
         numbers = list(range(call.q.shape[1])) if heads is None else heads
-        call = _pick(call, numbers)
+        call = pick_heads(call, numbers)
         stats = attention_stats(call.q, call.k, want=kept | {*SCORED, "columns"}, **call.options())
         scores = _score(call, stats, null, "asymmetry" in kept)
         stats = stats._replace(**{name: None for name in stats._fields if name not in kept})
@@ -124,7 +125,7 @@ def analyze(
             progress(len(found), total)
         return stats
 
-    _forward(model, inputs, layers, score)
+    each_layer(model, inputs, layers, score)
     ids = sorted(found)
     stats, scores, intervals, numbers = ([found[i][part] for i in ids] for part in range(4))
     if texts is None:
@@ -159,11 +160,11 @@ def capture(
     def keep(layer: int, call: AttentionCall, total: int) -> None:
         found[layer] = call
 
-    _forward(model, inputs, layers, keep)
+    each_layer(model, inputs, layers, keep)
     return dict(sorted(found.items()))
 
 
-def _forward(model: nn.Module, inputs: Mapping, layers: Iterable[int] | None, visit: Visit) -> None:
+def each_layer(model: nn.Module, inputs: Mapping, layers: Iterable[int] | None, visit: Visit) -> None:
     """Call visit(layer, call, how many layers there will be) in each chosen layer of one forward pass."""
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must map names to tensors, as a tokenizer returns them, got {type(inputs).__name__}")
@@ -206,7 +207,8 @@ def _cheapest(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict:
     return {**{name: value for name, value in extra.items() if name in takes}, **inputs}
 
 
-def _pick(call: AttentionCall, heads: list[int]) -> AttentionCall:
+def pick_heads(call: AttentionCall, heads: list[int]) -> AttentionCall:
+    """The call with these of its heads, in this order."""
     H = call.q.shape[1]
     if not heads or len(set(heads)) < len(heads) or not all(0 <= head < H for head in heads):
         raise ValueError(f"heads must be different numbers from 0 to {H - 1}, got {heads}")
@@ -221,6 +223,47 @@ def _pick(call: AttentionCall, heads: list[int]) -> AttentionCall:
         bias=call.bias if call.bias is None or call.bias.shape[1] == 1 else call.bias[:, index],
         sink=None if call.sink is None else call.sink[index],
     )
+
+
+def pick_sequence(call: AttentionCall, sequence: int) -> AttentionCall:
+    """The call with one sequence of its batch, as a batch of one."""
+    B = call.q.shape[0]
+    if not 0 <= sequence < B:
+        raise ValueError(f"sequence must be from 0 to {B - 1}, got {sequence}")
+
+    at = slice(sequence, sequence + 1)
+
+    def one(x: Tensor) -> Tensor:
+        return x if x.shape[0] == 1 else x[at]
+
+    return call._replace(
+        q=call.q[at],
+        k=call.k[at],
+        v=call.v[at],
+        intervals=Intervals(*map(one, call.intervals[:3]), call.intervals.offset),
+        last=one(call.last),
+        bias=None if call.bias is None else one(call.bias),
+    )
+
+
+def window_probs(call: AttentionCall, window: range, *, sequence: int = 0) -> Tensor:
+    """A of queries and keys in the window, exactly as in the full map: [H, W, W] float32 on the CPU.
+
+    Takes O(W·S) memory: one head's whole rows at a time.
+
+    Args:
+        call: from capture, with T = S.
+        window: consecutive positions.
+        sequence: which of the batch.
+    """
+    call = pick_sequence(call, sequence)
+    dtype = torch.promote_types(call.q.dtype, torch.float32)
+    parts = []
+    for head in range(call.q.shape[1]):
+        one = pick_heads(call, [head])
+        rows = attention_rows(one.q, one.k, window, probs_dtype=dtype, **one.options())
+        parts.append(rows[0, 0, :, window.start : window.stop].float().cpu())
+    return torch.stack(parts)
 
 
 def _score(call: AttentionCall, stats: AttentionStats, null: bool, asymmetry: bool) -> HeadScores:

@@ -1,16 +1,18 @@
 """Windows against the whole matrices in float64, and figures by what they contain."""
 
 import io
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from matplotlib.colors import LogNorm
 from matplotlib.patches import Arc
 from tiny_models import PADDINGS, VOCAB, text_inputs, tiny, transformers
 
 from causalattn import plot
-from causalattn.analysis import analyze, capture
+from causalattn.analysis import analyze, capture, pick_heads, pick_sequence, window_probs
 from causalattn.masks import causal, chunked
 
 EPS = np.finfo(np.float32).eps
@@ -19,6 +21,7 @@ T = 19
 
 def whole_map(call, sequence):
     """A [H, T, T] float64 by its definition."""
+    T = call.q.shape[2]
     q, k = (x[sequence].double().cpu().numpy() for x in (call.q, call.k))
     k = k.repeat(len(q) // len(k), 0)
     scores = q @ k.transpose(0, 2, 1) * (q.shape[-1] ** -0.5 if call.scale is None else call.scale)
@@ -31,6 +34,11 @@ def whole_map(call, sequence):
     extra = 0 if call.sink is None else np.exp(call.sink.double().cpu().numpy())[:, None, None]
     total = weights.sum(-1, keepdims=True) + extra
     return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+
+
+def rounding(call):
+    """How far off a probability may be: as its float32 score is, whose error grows with q and k."""
+    return 2 * EPS * (1 + float(call.q.norm(dim=-1).max() * call.k.norm(dim=-1).max()) * (call.scale or 1))
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +67,18 @@ def test_a_window_holds_the_values_of_the_whole_map(family, padding):
     window = range(4, 15)
     for call in capture(model, inputs).values():
         expected = whole_map(call, 1)[:, 4:15, 4:15]
-        ours = plot.window_probs(call, window, sequence=1)
-        # exp(S − lse) is as far off as its float32 lse, whose error grows with the scores
-        size = 1 + float(call.q.norm(dim=-1).max() * call.k.norm(dim=-1).max()) * (call.scale or 1)
-        assert ours.dtype == np.float32 and np.abs(ours - expected).max() <= 4 * EPS * size
+        ours = window_probs(call, window, sequence=1)
+        assert ours.dtype == torch.float32 and np.abs(ours.numpy() - expected).max() <= rounding(call)
 
 
 def test_a_window_is_no_softmax_over_the_window():
     call = capture(tiny("bert"), text_inputs())[0]
-    assert (plot.window_probs(call, range(4, 9)).sum(-1) < 0.9).any()
+    assert (window_probs(call, range(4, 9)).sum(-1) < 0.9).any()
+
+
+def test_a_window_of_an_unknown_sequence_is_refused():
+    with pytest.raises(ValueError, match="sequence must be from 0 to 1, got 2"):
+        window_probs(capture(tiny("bert"), text_inputs())[0], range(4), sequence=2)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -134,7 +145,7 @@ def test_tokens_are_prettified(token, text):
 
 
 def test_all_figures_are_drawn_and_none_is_blank(drawings):
-    assert list(drawings) == ["attention", "outer-product", "scores", "edges", "z-grid"]
+    assert list(drawings) == ["attention", "outer-product", "scores", "edges", "z-grid", "map", "top-edges"]
     for drawing in drawings.values():
         pixels = image.imread(io.BytesIO(drawing.png(dpi=60)))
         assert pixels[..., :3].std() > 0.01 and len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 50
@@ -145,7 +156,7 @@ def test_a_long_text_is_drawn_as_a_window_of_128_tokens(long_text, drawings):
     assert len(window) == 128
     left, right = drawings["attention"].figure.axes[:2]
     A, difference = (axes.images[0].get_array() for axes in (left, right))
-    expected = plot.window_probs(long_text[1][1], window).mean(0)
+    expected = window_probs(long_text[1][1], window).numpy().mean(0)
     assert A.shape == (128, 128) and np.array_equal(A, expected) and np.array_equal(difference, expected - expected.T)
     assert right.images[0].get_clim()[0] == -right.images[0].get_clim()[1]
     labels = [label.get_text() for label in left.get_yticklabels()]
@@ -212,3 +223,110 @@ def test_figures_without_nulls_show_no_z():
     drawings = plot.draw_all(analyze(model, inputs, null=False, tokens=[["t"] * T] * 2), capture(model, inputs))
     assert all(drawing.png(dpi=40) for drawing in drawings)
     assert np.ma.getmaskarray(drawings[-1].figure.axes[0].images[0].get_array()).all()
+
+
+def strongest(report, calls, sequence=0):
+    """The call of the strongest head alone, its map in float64 and the name of the head."""
+    layer, head = plot.strongest_heads(report, 1, sequence)[0]
+    call = pick_sequence(pick_heads(calls[layer], [head]), sequence)
+    return call, whole_map(calls[layer], sequence)[head], f"layer {layer}, head {head}"
+
+
+@pytest.fixture(scope="module")
+def long_causal():
+    """A report and the captured layer of two texts through a tiny GPT-2: 300 tokens, and 170 behind padding."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 300}
+    model = transformers.GPT2Model(transformers.GPT2Config(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.4)
+    real = torch.ones(2, 300, dtype=torch.long)
+    real[1, :130] = 0
+    inputs = {"input_ids": torch.randint(VOCAB, (2, 300)), "attention_mask": real}
+    return analyze(model, inputs), capture(model, inputs)
+
+
+@pytest.mark.parametrize(("text", "sequence"), [("long_text", 0), ("long_causal", 0), ("long_causal", 1)])
+def test_the_map_is_that_of_the_whole_text_in_cells(text, sequence, request):
+    report, calls = request.getfixturevalue(text)
+    call, A, name = strongest(report, calls, sequence)
+    window = plot.choose_window(report, sequence=sequence)
+    drawing = plot.draw_map(call, window, head=name)
+    edges = [c * 300 // 128 for c in range(129)]
+    cells = [[A[a:b, c:d] for c, d in pairwise(edges)] for a, b in pairwise(edges)]
+    for axes, pool in zip(drawing.figure.axes[:2], (np.mean, np.max), strict=True):
+        mesh, frame = axes.collections[0], axes.patches[0]
+        expected = np.array([[pool(cell) for cell in row] for row in cells])
+        shown = mesh.get_array()
+        assert shown.shape == (128, 128)
+        assert np.abs(shown.filled(0) - expected).max() <= rounding(call)
+        assert np.array_equal(np.ma.getmaskarray(shown), expected == 0)
+        assert np.array_equal(mesh.get_coordinates()[0, :, 0], edges)
+        assert isinstance(mesh.norm, LogNorm) and mesh.norm.vmax == shown.max() and mesh.norm.vmin < 1 / 300
+        assert (frame.get_xy(), frame.get_width(), frame.get_height()) == ((window.start,) * 2, 128, 128)
+        assert axes.get_xlim() == (0, 300) and axes.get_ylim() == (300, 0)
+    assert f"tokens {window.start} to {window.stop - 1}" in drawing.caption and "1/300" in drawing.caption
+
+
+@pytest.mark.parametrize(("text", "sequence"), [("long_text", 0), ("long_causal", 0), ("long_causal", 1)])
+def test_the_largest_weights_are_those_of_the_whole_map(text, sequence, request):
+    report, calls = request.getfixturevalue(text)
+    call, A, _ = strongest(report, calls, sequence)
+    seen = call.intervals.to_dense(300)[0].numpy()
+    left_out = A.copy()
+    left_out[:, 130 if sequence else 0] = 0
+    np.fill_diagonal(left_out, 0)
+    found = plot.largest_weights(call)
+    assert [w.value for w in found] == sorted((w.value for w in found), reverse=True)
+    assert np.abs([w.value for w in found] - np.sort(left_out, axis=None)[:-21:-1]).max() <= rounding(call)
+    assert all(abs(left_out[w.i, w.j] - w.value) <= rounding(call) for w in found)
+    assert len({(w.i, w.j) for w in found}) == 20
+    assert [w.even for w in found] == [1 / seen[w.i].sum() for w in found]
+    assert plot.largest_weights(call, 3) == found[:3]
+
+
+def test_the_largest_weights_leave_out_the_sink_the_diagonal_and_what_is_not_there():
+    model = tiny("gpt2")
+    call = pick_heads(capture(model, {"input_ids": text_inputs()["input_ids"][:1, :4]})[0], [0])
+    found = plot.largest_weights(call)
+    assert {(w.i, w.j) for w in found} == {(2, 1), (3, 1), (3, 2)} and {w.even for w in found} == {1 / 3, 1 / 4}
+    call = call._replace(q=call.q * 0)
+    assert [(w.i, w.j) for w in plot.largest_weights(call)] == [(2, 1), (3, 1), (3, 2)]
+
+
+def test_the_largest_weights_are_bars_with_their_tokens(long_text, drawings):
+    call, _, name = strongest(*long_text)
+    found = plot.largest_weights(call)
+    axes = drawings["top-edges"].figure.axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [w.value for w in found]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [f"“word{w.i}”@{w.i} → “word{w.j}”@{w.j}" for w in found] and len(labels) == 20
+    assert [text.get_text() for text in axes.texts] == [f" {w.value:.3f}" for w in found]
+    caption = drawings["top-edges"].caption
+    assert name in caption and "no effect" in caption and f"more than {1 / 300:.2g}" in caption
+    assert "causal graph" not in caption
+
+
+def test_no_weight_at_all_is_drawn_as_none():
+    drawing = plot.draw_top_edges([], [], head="h")
+    assert drawing.caption.startswith("The 0 largest") and drawing.png(dpi=40)
+
+
+def test_only_a_text_longer_than_the_window_has_its_whole_drawn(long_causal):
+    report, calls = long_causal
+    names = [{drawing.name for drawing in plot.draw_all(report, calls, sequence=n)} for n in (0, 1)]
+    assert all({"map", "top-edges"} <= found for found in names)
+    model, inputs = tiny("bert"), text_inputs()
+    found = {drawing.name for drawing in plot.draw_all(analyze(model, inputs), capture(model, inputs))}
+    assert found == {"attention", "outer-product", "scores", "edges", "z-grid"}
+
+
+def test_padding_does_not_make_a_text_long():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=VOCAB, **sizes)).eval()
+    real = (torch.arange(200) < 128).long()[None]
+    inputs = {"input_ids": torch.randint(VOCAB, (1, 200)), "attention_mask": real}
+    report = analyze(model, inputs)
+    assert plot.real_tokens(report) == range(128) and len(plot.draw_all(report, capture(model, inputs))) == 5

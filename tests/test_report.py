@@ -51,9 +51,17 @@ def long_page(bert):
 
 def test_the_page_asks_for_nothing_from_outside(long_page):
     page = Page(long_page)
-    assert page.open == [] and len(page.addresses) == 5
+    assert page.open == [] and len(page.addresses) == 7
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert not re.search(r"https?://|url\(|@import|<link|fetch\(", long_page)
+
+
+def test_only_a_long_text_shows_its_whole(bert, long_page):
+    short = to_html("bert", [section_of(bert, words(128), drawn=True)])
+    assert short.count("<figure>") == 5 and long_page.count("<figure>") == 7
+    for phrase in ("in cells of", "20 largest of all weights A_ij"):
+        assert phrase in long_page and phrase not in short
+    assert "in cells of 32 × 32 weights" in long_page
 
 
 def test_the_page_is_bounded_however_long_the_text(bert, long_page):

@@ -3,16 +3,16 @@
 They are built by matplotlib's object interface, without pyplot or global state; nothing drawn grows with the text.
 """
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..analysis import Report
+from ..analysis import Report, pick_heads, pick_sequence, window_probs
 from ..integrations.transformers.attention import AttentionCall
+from .drawing import ATTENTION, BLUE, DIVERGING, GREY, INK, ORANGE, Drawing, heatmap, sheet, token_ticks
+from .long import Weight, draw_map, draw_top_edges, largest_weights
 from .window import (
     EDGES,
     WINDOW,
@@ -20,11 +20,11 @@ from .window import (
     choose_window,
     edges_above_null,
     prettify,
+    real_tokens,
     strength,
     strongest_heads,
     telling_edge,
     window_mask,
-    window_probs,
 )
 
 if TYPE_CHECKING:
@@ -32,46 +32,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "EDGES", "WINDOW", "Drawing", "Edge", "choose_window", "draw_all", "draw_attention", "draw_edges", "draw_grid",
-    "draw_outer_product", "draw_scores", "edges_above_null", "prettify", "strength", "strongest_heads",
-    "telling_edge", "window_mask", "window_probs",
+    "EDGES", "WINDOW", "Drawing", "Edge", "Weight", "choose_window", "draw_all", "draw_attention", "draw_edges",
+    "draw_grid", "draw_map", "draw_outer_product", "draw_scores", "draw_top_edges", "edges_above_null",
+    "largest_weights", "prettify", "real_tokens", "strength", "strongest_heads", "telling_edge", "window_mask",
 ]  # fmt: skip
 
 CELLS_WITH_VALUES = 20
 PANELS = 8
-BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8A8F98", "#22262B"
-ATTENTION, DIVERGING = "Blues", "RdBu_r"
-
-
-class Drawing(NamedTuple):
-    """A figure, its file name without suffix, and the sentence to print beneath it."""
-
-    name: str
-    figure: "Figure"
-    caption: str
-
-    def png(self, *, dpi: int = 150) -> bytes:
-        """The figure as PNG, dpi dots an inch."""
-        buffer = io.BytesIO()
-        with warnings.catch_warnings():
-            # a token in a script that the font lacks is drawn as a box
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            self.figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
-        return buffer.getvalue()
 
 
 def draw_attention(A: np.ndarray, tokens: Sequence[str], *, title: str, first: int = 0) -> Drawing:
     """The map A [W, W] and A − Aᵀ beside it; first is the position of the first token."""
     W = len(tokens)
     side = 4.6 if W <= CELLS_WITH_VALUES else 6.2
-    figure = _figure(2 * side + 1.2, side + 0.5, title)
+    figure = sheet(2 * side + 1.2, side + 0.5, title)
     left, right = figure.subplots(1, 2)
-    _heatmap(left, A, "A: row i attends key j", ATTENTION, 0, A.max() or 1)
+    heatmap(left, A, "A: row i attends key j", ATTENTION, 0, A.max() or 1)
     bound = np.abs(A - A.T).max() or 1
-    _heatmap(right, A - A.T, "A − Aᵀ", DIVERGING, -bound, bound)
+    heatmap(right, A - A.T, "A − Aᵀ", DIVERGING, -bound, bound)
     for axes in (left, right):
-        _token_ticks(axes, "x", tokens, first)
-        _token_ticks(axes, "y", tokens, first)
+        token_ticks(axes, "x", tokens, first)
+        token_ticks(axes, "y", tokens, first)
         axes.set(xlabel="key j", ylabel="query i")
     share = 1 - A.sum() / max(1, (A.sum(1) > 0).sum())
     outside = f" {share:.0%} of these rows' mass lies on keys outside the window." if share > 0.005 else ""
@@ -95,11 +76,11 @@ def draw_outer_product(
     """
     i, j = edge
     row, key = prettify(tokens[i]), prettify(tokens[j])
-    figure = _figure(11.4, 5.6, f"{head}: the outer product behind one attention weight")
+    figure = sheet(11.4, 5.6, f"{head}: the outer product behind one attention weight")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     outer = np.outer(q, k)
     bound = np.abs(outer).max() or 1
-    _heatmap(left, outer, "", DIVERGING, -bound, bound)
+    heatmap(left, outer, "", DIVERGING, -bound, bound)
     left.plot([-0.5, len(k) - 0.5], [-0.5, len(q) - 0.5], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     trace = float(q @ k)
     left.set_title(
@@ -126,7 +107,7 @@ def draw_scores(report: Report, *, sequence: int = 0) -> Drawing:
     per_panel = max(1, 72 // max(map(len, report.head_ids)), math.ceil(len(layers) / PANELS))
     chunks = [layers[n : n + per_panel] for n in range(0, len(layers), per_panel)]
     kinds = ["unmasked", "masked"] if causal else ["masked"]
-    figure = _figure(12.5, 0.9 + 2.7 * len(chunks) * len(kinds), "DAG score of every head beside its permutation null")
+    figure = sheet(12.5, 0.9 + 2.7 * len(chunks) * len(kinds), "DAG score of every head beside its permutation null")
     panels = iter(figure.subplots(len(chunks) * len(kinds), 1, squeeze=False)[:, 0])
     for kind in kinds:
         for chunk in chunks:
@@ -144,7 +125,7 @@ def draw_scores(report: Report, *, sequence: int = 0) -> Drawing:
 def draw_edges(edges: Sequence[Edge], tokens: Sequence[str], *, head: str, first: int = 0) -> Drawing:
     """Attention edges above null: arcs over the tokens, above the line looking back, below it looking ahead."""
     W = len(tokens)
-    figure = _figure(12.5, 5.2, f"{head}: attention edges above null")
+    figure = sheet(12.5, 5.2, f"{head}: attention edges above null")
     axes = figure.subplots()
     top = edges[0][2] if edges else 1
     for i, j, lift in reversed(edges):
@@ -154,7 +135,7 @@ def draw_edges(edges: Sequence[Edge], tokens: Sequence[str], *, head: str, first
     back, ahead = (max((s * (i - j) for i, j, _ in edges), default=0) / 2 for s in (1, -1))
     margin = 0.04 * max(back, ahead, 1)
     axes.set(xlim=(-1, W), ylim=(-max(ahead, 0) - 3 * margin, max(back, 0) + 3 * margin), yticks=[])
-    _token_ticks(axes, "x", tokens, first)
+    token_ticks(axes, "x", tokens, first)
     for name in ("top", "left", "right"):
         axes.spines[name].set_visible(False)
     axes.text(0.003, 0.97, "query to the right: looks back", color=BLUE, fontsize=8, transform=axes.transAxes, va="top")
@@ -180,7 +161,7 @@ def draw_grid(report: Report, *, sequence: int = 0) -> Drawing:
         "sink_removed_z": "sink removed",
     }
     wide, high = 0.42 * len(columns) + 1.4, 0.36 * len(layers) + 1.5
-    figure = _figure(
+    figure = sheet(
         min(16, max(9, 2 * wide)), min(16, max(3.2, high)), "z of the DAG score against its permutation null"
     )
     grids = {name: np.full((len(layers), len(columns)), np.nan) for name in names}
@@ -198,72 +179,49 @@ def draw_grid(report: Report, *, sequence: int = 0) -> Drawing:
 
 
 def draw_all(report: Report, calls: dict[int, AttentionCall], *, title: str = "", sequence: int = 0) -> list[Drawing]:
-    """Every figure of a report; calls, from `capture`, holds the last analyzed layer and the strongest head's."""
+    """Every figure of a report; calls, from `capture`, holds the last analyzed layer and the strongest head's.
+
+    A text longer than the window has two more, of the whole text.
+    """
     window = choose_window(report, sequence=sequence)
-    tokens = report.tokens[sequence][window.start : window.stop]
-    last = report.layer_ids[-1]
-    mean = window_probs(calls[last], window, sequence=sequence)[report.head_ids[-1]].mean(0)
+    whole = report.tokens[sequence]
+    tokens = whole[window.start : window.stop]
+    last, heads = report.layer_ids[-1], report.head_ids[-1]
+    mean = window_probs(pick_heads(calls[last], heads), window, sequence=sequence).numpy().mean(0)
     layer, head = strongest_heads(report, 1, sequence)[0]
-    call, name = calls[layer], f"layer {layer}, head {head}"
-    A = window_probs(call, window, sequence=sequence)[head]
+    name = f"layer {layer}, head {head}"
+    call = pick_sequence(pick_heads(calls[layer], [head]), sequence)
+    A = window_probs(call, window)[0].numpy()
     intervals = report.intervals[report.layer_ids.index(layer)]
     edges = edges_above_null(A, mask=window_mask(intervals, window, sequence=sequence))
     i, j, _ = telling_edge(edges, intervals.first[sequence], window)
-    q = call.q[sequence, head, window.start + i].float().cpu().numpy()
-    k = call.k[sequence, head * call.k.shape[1] // call.q.shape[1], window.start + j].float().cpu().numpy()
+    q, k = (x[0, 0, window.start + n].float().cpu().numpy() for x, n in ((call.q, i), (call.k, j)))
     scale = len(q) ** -0.5 if call.scale is None else call.scale
-    where = "" if len(window) == len(report.tokens[sequence]) else f", tokens {window.start} to {window.stop - 1}"
-    heading = f"{title}layer {last}, mean over {len(report.head_ids[-1])} heads{where}"
-    return [
+    where = "" if len(window) == len(whole) else f", tokens {window.start} to {window.stop - 1}"
+    heading = f"{title}layer {last}, mean over {len(heads)} heads{where}"
+    drawings = [
         draw_attention(mean, tokens, title=heading, first=window.start),
         draw_outer_product(q, k, A, tokens, (i, j), scale=scale, head=name),
         draw_scores(report, sequence=sequence),
         draw_edges(edges[: 2 * len(tokens)], tokens, head=name, first=window.start),
         draw_grid(report, sequence=sequence),
     ]
-
-
-def _figure(width: float, height: float, title: str) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.06)
-    figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
-    return figure
-
-
-def _heatmap(axes: "Axes", values: np.ndarray, title: str, colours: str, low: float, high: float) -> None:
-    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
-    axes.set_title(title, fontsize=10)
-    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
-
-
-def _token_ticks(axes: "Axes", which: str, tokens: Sequence[str], first: int) -> None:
-    """Every token's label, or of many every n-th with its position."""
-    step = 1 if len(tokens) <= 40 else math.ceil(len(tokens) / 32)
-    at = range(0, len(tokens), step)
-    labels = [prettify(tokens[n])[:14] + (f"  {first + n}" if step > 1 else "") for n in at]
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_ticks(list(at), labels, fontsize=8 if len(at) <= 24 else 7, parse_math=False)
-    if which == "x":
-        for label in axis.get_ticklabels():
-            label.set(rotation=90 if len(at) > 16 else 45, ha="center" if len(at) > 16 else "right")
-            label.set_rotation_mode("default" if len(at) > 16 else "anchor")
+    if len(window) < len(real_tokens(report, sequence)):
+        drawings += [draw_map(call, window, head=name), draw_top_edges(largest_weights(call), whole, head=name)]
+    return drawings
 
 
 def _posterior_matrix(axes: "Axes", A: np.ndarray, tokens: Sequence[str], edge: tuple[int, int]) -> None:
     from matplotlib.patches import Rectangle
 
     top = A.max() or 1
-    _heatmap(axes, A, "posterior A_ij = exp(S_ij − lse_i)", ATTENTION, 0, top)
+    heatmap(axes, A, "posterior A_ij = exp(S_ij − lse_i)", ATTENTION, 0, top)
     for i, j in np.argwhere(A > 0):
         text = f"{A[i, j]:.2f}".lstrip("0") if A[i, j] < 0.995 else "1"
         axes.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if A[i, j] > 0.6 * top else INK)
     axes.add_patch(Rectangle((edge[1] - 0.5, edge[0] - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2))
-    _token_ticks(axes, "x", tokens, 0)
-    _token_ticks(axes, "y", tokens, 0)
+    token_ticks(axes, "x", tokens, 0)
+    token_ticks(axes, "y", tokens, 0)
 
 
 def _posterior_row(axes: "Axes", row: np.ndarray, tokens: Sequence[str], i: int, j: int, n: int = 15) -> None:

@@ -1,7 +1,4 @@
-"""What figures show: a window of at most 128 tokens, the exact attention in it, and its edges above the null.
-
-A window of A is exp(S − lse) with the lse of each whole row, so its values are those of the full map.
-"""
+"""What figures show: a window of at most 128 tokens, and the edges above the null in it."""
 
 from typing import NamedTuple
 
@@ -10,9 +7,7 @@ import torch
 
 from ..analysis import Report
 from ..dense import offset_null
-from ..integrations.transformers.attention import AttentionCall
 from ..masks import Intervals
-from ..statistics import attention_stats
 
 WINDOW = 128
 EDGES = 200
@@ -47,24 +42,29 @@ def strongest_heads(report: Report, n: int = 5, sequence: int = 0) -> list[tuple
     return [(row["layer"], row["head"]) for row in sorted(rows, key=strength, reverse=True)[:n]]
 
 
-def choose_window(report: Report, *, size: int = WINDOW, sequence: int = 0) -> range:
-    """The run of at most size tokens whose keys the strongest heads attend most above uniform, weighted by |z|."""
+def real_tokens(report: Report, sequence: int = 0) -> range:
+    """From a sequence's first token that is no padding to its last."""
     intervals = report.intervals[0]
     filled = (intervals.stop[sequence] > intervals.start[sequence]).nonzero().flatten().tolist()
-    low, high = (filled[0], filled[-1] + 1) if filled else (0, intervals.stop.shape[1])
-    if high - low <= size:
-        return range(low, high)
+    return range(filled[0], filled[-1] + 1) if filled else range(intervals.stop.shape[1])
+
+
+def choose_window(report: Report, *, size: int = WINDOW, sequence: int = 0) -> range:
+    """The run of at most size tokens whose keys the strongest heads attend most above uniform, weighted by |z|."""
+    real = real_tokens(report, sequence)
+    if len(real) <= size:
+        return real
     rows = {(row["layer"], row["head"]): strength(row) for row in report.rows(top=0) if row["sequence"] == sequence}
-    act = torch.zeros(high - low, dtype=torch.float64)
+    act = torch.zeros(len(real), dtype=torch.float64)
     for layer, head in strongest_heads(report, sequence=sequence):
         at = report.layer_ids.index(layer)
         stats, intervals = report.layers[at], report.intervals[at]
         received = stats.received[sequence, report.head_ids[at].index(head)].double()
         lift = (received - _uniform_received(intervals, sequence, len(received))).clamp(min=0)
         lift[intervals.first[sequence].unique().long()] = 0  # every window would follow the sink
-        act += max(rows[layer, head], 1e-9) * lift[low:high]
+        act += max(rows[layer, head], 1e-9) * lift[real.start : real.stop]
     total = torch.cat([act.new_zeros(1), act.cumsum(0)])
-    start = low + int((total[size:] - total[:-size]).argmax())
+    start = real.start + int((total[size:] - total[:-size]).argmax())
     return range(start, start + size)
 
 
@@ -74,35 +74,6 @@ def _uniform_received(intervals: Intervals, sequence: int, S: int) -> torch.Tens
     share = torch.where(stop > start, 1 / (stop - start).clamp(min=1).double(), 0)
     edges = torch.zeros(S + 1, dtype=torch.float64)
     return edges.index_add_(0, start, share).index_add_(0, stop, -share).cumsum(0)[:-1]
-
-
-def window_probs(call: AttentionCall, window: range, *, sequence: int = 0) -> np.ndarray:
-    """A[h, i, j] for queries and keys in the window, exactly as in the full map: exp(S_ij − lse_i), [H, W, W] float32.
-
-    Args:
-        call: from `capture`, with T = S.
-        window: consecutive positions.
-        sequence: which of the batch.
-    """
-    W = slice(window.start, window.stop)
-    one = slice(sequence, sequence + 1)
-    start, stop, first = (x.expand(call.q.shape[0], -1)[one, W] for x in call.intervals[:3])
-    rows = Intervals(start, stop, first, call.intervals.offset + window.start)
-    q, k, bias = call.q[one, :, W], call.k[one], call.bias
-    if bias is not None:
-        bias = bias.expand(call.q.shape[0], -1, call.q.shape[2], k.shape[2])[one, :, W]
-    options = call.options() | {"mask": rows, "bias": bias}
-    lse = attention_stats(q, k, want="lse", **options).lse[0]
-    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    keys = k[0, :, W].repeat_interleave(q.shape[1] // k.shape[1], 0)
-    scores = q[0].double() @ keys.double().mT * scale
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    if bias is not None:
-        scores = scores + bias[0, ..., W]
-    seen = rows.to_dense(k.shape[2])[0, :, W]
-    probs = torch.exp(scores - lse[..., None]).masked_fill(~seen, 0)
-    return probs.float().cpu().numpy()
 
 
 def window_mask(intervals: Intervals, window: range, *, sequence: int = 0) -> Intervals:
