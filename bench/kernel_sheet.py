@@ -92,6 +92,9 @@ def _upstream(case: Case) -> dict:
         given["chosen"] = _empty(1, LENGTH, 2, dtype=torch.int32)
     if "pairs" in case.options:
         given["pairs"] = _empty(2, BATCH, HEADS)
+    if "cells" in case.options:
+        given["cells"] = _empty(BATCH, HEADS, 512, 512)
+        given |= dict.fromkeys(("row_cells", "key_cells"), _empty(LENGTH, dtype=torch.int64))
     return {"up": Upstream(**given), "bias_gradient": False}
 
 
@@ -133,7 +136,8 @@ KERNELS = {
     ),
     "statistics_bwd": Kernel(
         "statistics.backward", (64, 128), plain="rows",
-        extras=("received picked", "pairs", "rows received picked pairs bias softcap slopes"), arguments=_upstream,
+        extras=("received", "picked", "cells", "pairs", "rows bias softcap slopes", "pairs bias softcap slopes"),
+        arguments=_upstream,
     ),
     "dense_rows_fwd": Kernel(
         "dense", (None,), plain="all", extras=("",), arguments=_wanted(_DENSE_ROWS, ["mass", "below"])

@@ -43,13 +43,17 @@ def check(rows):
             assert row["mma"] > 0, name
             assert row["wgmma"] > 0 or row["arch"] != "sm_90", name
         if row["function"] == "_attention_fwd_kernel" and "probs" in row["config"]:
-            assert row["store"] == 128, f"{name}: probs stored {row['store']} bits at a time"
+            # at D = 256 a tile 16 keys wide leaves a thread 64 bits of a row
+            bits = 64 if "D=256" in name else 128
+            assert row["store"] >= bits, f"{name}: probs stored {row['store']} bits at a time"
 
 
 def check_split(rows):
     """A tile off the diagonal costs less than one on it."""
     for row in rows:
-        if row["function"] in WITHOUT_PRODUCTS | WITHOUT_SPLIT or "bfloat16" not in row["config"] or not row["loop"]:
+        # beside the four products of a pair of tiles, the gradient of pairs masks every one
+        split = row["function"] not in WITHOUT_PRODUCTS | WITHOUT_SPLIT and "pairs" not in row["config"]
+        if not split or "bfloat16" not in row["config"] or not row["loop"]:
             continue
         for whole, masked in zip(row["loop"], row["masked"], strict=True):
             assert whole < masked, f"{row['function']} {row['config']}: {whole} instructions a score, masked {masked}"

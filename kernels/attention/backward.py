@@ -42,20 +42,20 @@ def launch_dq(D: int, itemsize: int, arch: int) -> Launch:
     if arch == 0:
         return Launch(32, 32, 4, 1)
     if itemsize == 4:
-        return Launch(16, 16, 8, 1)
+        return Launch(16, 16, 8, 2)
     if arch in (90, 100):
         return Launch(128, 32, 8, 2) if D <= 64 else Launch(64, 32, 8, 2)
     return Launch(32, 32, 4 if D <= 64 else 8, 2)
 
 
-def launch_dkv(D: int, itemsize: int, arch: int) -> Launch:
-    """Tiles of the pass over rows, by the larger of D and V and by dtype; arch is `architecture`'s."""
+def launch_dkv(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
+    """Tiles of the pass over rows, as above, taller where scores are plain."""
     if arch == 0:
         return Launch(32, 32, 4, 1)
     if itemsize == 4:
-        return Launch(16, 16, 4, 1)
+        return Launch(16, 16, 8, 2)
     if arch in (90, 100):
-        return Launch(32, 128, 8, 2) if D <= 64 else Launch(32, 64, 8, 2)
+        return Launch(32, 128, 8, 2) if D <= 64 else Launch(32 if lean else 16, 64, 8, 2)
     return Launch(32, 32, 4 if D <= 64 else 8, 2)
 
 
@@ -311,7 +311,8 @@ def _dkv(
     dv = torch.empty(0 if v is None else v.shape, dtype=k.dtype, device=k.device)
     if T == 0 or dk.numel() == 0:
         return dk.zero_(), dv.zero_()
-    tiles = launch_dkv(max(D, V), q.element_size(), architecture(q))
+    lean = bias is None and slopes is None and softcap == 0
+    tiles = launch_dkv(max(D, V), q.element_size(), architecture(q), lean)
     bounds = block_bounds(start, stop, tiles.BLOCK_M)
     contiguous = (None if x is None else x.contiguous() for x in (pivot, largest, dout))
     _attention_bwd_dkv_kernel[(triton.cdiv(S, tiles.BLOCK_N) * B * k.shape[1],)](

@@ -43,7 +43,7 @@ def launch(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
     if itemsize == 4:
         return Launch(16, 16, 4, 1) if D > 128 else Launch(32, 16, 4 if D <= 64 else 8, 1)
     if D > 128:
-        return Launch(64, 32, 8, 1)
+        return Launch(64, 32 if lean and arch in (90, 100) else 16, 8, 1)
     if arch in (90, 100):
         return Launch(128, 64 if lean else 32, 8, 2)
     return Launch(128, 32, 8, 2) if D <= 64 else Launch(64, 32, 8, 1)

@@ -57,24 +57,28 @@ class _Coefficients(NamedTuple):
     absolute: tl.tensor | None
 
 
-def launch_dq(D: int, itemsize: int, arch: int, pairs: bool) -> Launch:
-    """Tiles of the pass over keys, by head dim and dtype; arch is `architecture`'s."""
+def launch_dq(D: int, itemsize: int, arch: int, pairs: bool, lean: bool) -> Launch:
+    """Tiles of the pass over keys, by head dim and dtype, wider where scores are plain; arch is `architecture`'s."""
     if itemsize == 4:
-        return Launch(32, 32, 4, 1) if arch == 0 else Launch(16, 16, 8, 1)
+        return Launch(32, 32, 4, 1) if arch == 0 else Launch(16, 16, 8, 2)
     if arch == 0:
         return Launch(64, 32, 4, 1)
     if arch in (90, 100) or (D <= 64 and not pairs):
-        return Launch(64, 32, 8, 2 if D <= 128 else 1)
+        return Launch(64, 32 if lean or not pairs else 16, 8, 2 if D <= 128 else 1)
     return Launch(32, 32, 4, 1 if pairs or D > 128 else 2)
 
 
-def launch_dk(D: int, itemsize: int, arch: int, pairs: bool) -> Launch:
-    """Tiles of the pass over rows, by head dim and dtype; arch is `architecture`'s."""
+def launch_dk(D: int, itemsize: int, arch: int, pairs: bool, lean: bool) -> Launch:
+    """Tiles of the pass over rows, as above."""
     if itemsize == 4:
-        return Launch(32, 32, 4, 1) if arch == 0 else Launch(16, 16, 8, 1)
+        return Launch(32, 32, 4, 1) if arch == 0 else Launch(16, 16, 8, 2)
     if pairs and arch not in (0, 90, 100):
         return Launch(32, 32, 4, 1)
-    return Launch(32, 64, 8 if arch and (pairs or D > 128) else 4, 2 if 64 < D <= 128 and arch and not pairs else 1)
+    if arch == 100 and not pairs:
+        return Launch(32, 64, 4, 2 if D <= 128 else 1)
+    if D > 64 and arch != 0:
+        return Launch(32 if lean else 16, 64, 8, 1 if pairs or D > 128 else 2)
+    return Launch(32, 64, 8 if pairs and arch else 4, 1)
 
 
 @triton.jit
@@ -377,7 +381,8 @@ def statistics_bwd(
     split = 1 if up.pairs is not None else parts(q)
     constants = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "PARTS": split, "enable_fp_fusion": True}
 
-    tiles = launch_dq(D, q.element_size(), architecture(q), up.pairs is not None)
+    kind = D, q.element_size(), architecture(q), up.pairs is not None, bias is None and slopes is None and softcap == 0
+    tiles = launch_dq(*kind)
     step = max(1, min(T, WORKSPACE // (B * H * S))) if bias_gradient else T
 
     def by_rows(first, last, dq, ds):
@@ -395,7 +400,7 @@ def statistics_bwd(
             rows = dbias if bias.shape[2] == 1 else dbias[:, :, first:last]
             rows += ds.sum_to_size(rows.shape)
 
-    tiles = launch_dk(D, q.element_size(), architecture(q), up.pairs is not None)
+    tiles = launch_dk(*kind)
     bounds = block_bounds(start, stop, tiles.BLOCK_M)
     _statistics_bwd_dk_kernel[(triton.cdiv(S, tiles.BLOCK_N) * B * k.shape[1],)](
         q, k, start, stop, bounds, bias, slopes, *factors, up, delta, dk,

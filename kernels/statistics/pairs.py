@@ -35,7 +35,7 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
     """Square tiles by head dim and dtype; arch is `architecture`'s."""
     if D <= 128 and itemsize == 2 and arch in (0, 90, 100):
         return Launch(64, 64, 4, 1) if arch == 0 else Launch(64, 64, 8, 2)
-    return Launch(32, 32, 4, 1 if arch == 0 or itemsize == 4 else 2)
+    return Launch(32, 32, 4, 1)
 
 
 @triton.jit(do_not_specialize=["T", "offset", "scale", "softcap"])

@@ -38,9 +38,9 @@ def launch(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
         return Launch(32, 64, 4, 1 if arch == 0 else 2)
     if arch == 0:
         return Launch(64, 64, 4, 1)
-    if arch in (90, 100):
-        return Launch(128, 64, 4, 2) if lean else Launch(64, 128, 8, 3)
-    return Launch(64, 64, 4, 2)
+    if arch == 90 and lean:
+        return Launch(128, 64, 4, 2)
+    return Launch(64, 128, 8, 3) if arch in (90, 100) else Launch(64, 64, 4, 2)
 
 
 @triton.jit(do_not_specialize=["T", "S", "offset", "scale", "softcap"])
