@@ -1,23 +1,50 @@
-"""What every benchmark case shares: inputs, timing, peak memory, and the rows that a run leaves."""
+"""What every benchmark case shares: inputs, stated bounds, timing, peak memory, and the rows that a run leaves."""
 
+import ctypes
+import functools
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-LENGTHS = (1024, 4096, 16384, 32768)
+OURS = "causalattn"
 ROWS: list[dict] = []
 
+# (heads, T, D): a layer of 32 heads on a GPU; what an eager peer takes seconds for on two cores
+if DEVICE == "cuda":
+    SHORT = LONG = [(32, T, D) for D in (64, 128) for T in (4096, 16384)]
+else:
+    SHORT = [(4, T, 64) for T in (1024, 4096)]
+    LONG = [*SHORT, (4, 16384, 64), (4, 32768, 64)]
 
-def inputs(T: int, heads: int = 4, D: int = 64) -> list[torch.Tensor]:
+
+def name_of(shape) -> str:
+    return "H{}-T{}-D{}".format(*shape) if isinstance(shape, tuple) else str(shape)
+
+
+def inputs(heads: int, T: int, D: int) -> list[Tensor]:
     generator = torch.Generator(DEVICE).manual_seed(T)
     return [torch.randn(1, heads, T, D, generator=generator, device=DEVICE, dtype=DTYPE) for _ in range(3)]
 
 
-def matrix(heads: int, T: int, dtype: torch.dtype) -> torch.Tensor:
+def first_head(*tensors: Tensor) -> list[Tensor]:
+    """Of each the first head in float64: what an eager reference can afford."""
+    return [x[:, :1].double() for x in tensors]
+
+
+def some_rows(q: Tensor) -> Tensor:
+    """64 of the T rows."""
+    return torch.arange(0, q.shape[2], q.shape[2] // 64, device=q.device)
+
+
+def matrix(heads: int, T: int, dtype: torch.dtype) -> Tensor:
     """Attention maps at hand, [1, heads, T, T]."""
     generator = torch.Generator(DEVICE).manual_seed(T)
     x = torch.empty(1, heads, T, T, device=DEVICE, dtype=dtype)
@@ -26,22 +53,88 @@ def matrix(heads: int, T: int, dtype: torch.dtype) -> torch.Tensor:
     return x
 
 
-def add_bandwidth(moved: int) -> None:
-    """GB/s of the row measured last, of so many bytes, and its fraction of the copy's in the same run."""
+class Ceilings(NamedTuple):
+    """What this machine does a second: FLOPs, bytes read and written, exponentials."""
+
+    matmul: float
+    copy: float
+    exp2: float
+
+
+@functools.cache
+def ceilings() -> Ceilings:
+    """A square product of DTYPE, a copy far larger than any cache, and exp2 of what a cache holds.
+
+    No exp2 of torch's is bound by a GPU's exponentials, so there they are counted: 16 a clock and multiprocessor.
+    """
+    n = 8192 if DEVICE == "cuda" else 2048
+    a = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
+    matmul = 2 * n**3 / _fastest(lambda: a @ a)
+    source = torch.ones(2**30 if DEVICE == "cuda" else 2**28, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / _fastest(lambda: target.copy_(source))
+    if DEVICE == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return Ceilings(matmul, copy, 16 * properties.multi_processor_count * properties.clock_rate * 1e3)
+    tile = torch.rand(512, 512)
+    out = torch.empty_like(tile)
+    return Ceilings(matmul, copy, tile.numel() / _fastest(lambda: torch.exp2(tile, out=out)))
+
+
+def _fastest(function: Callable) -> float:
+    if DEVICE == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(function, return_mode="min") / 1e3
+    function()
+    return min(_clock(function) for _ in range(10))
+
+
+def _clock(function: Callable) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def work(
+    q: Tensor, k: Tensor, products: int, *, exps: int = 1, causal: bool = False, moved: int = 0
+) -> dict[str, float]:
+    """What an operator must do: products of 2·D FLOPs and exponentials a score; bytes of q, k and `moved` others."""
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] / (2 if causal else 1)
+    return {"flops": 2 * products * scores * q.shape[3], "exps": exps * scores, "moved": q.nbytes + k.nbytes + moved}
+
+
+def stated_bound(flops: float, exps: float, moved: float) -> tuple[float, str]:
+    """The milliseconds below which that work cannot be done at the ceilings, and the ceiling that says so."""
+    amounts = zip((flops, moved, exps), ceilings(), Ceilings._fields, strict=True)
+    return max((1e3 * amount / ceiling, name) for amount, ceiling, name in amounts)
+
+
+def add_bandwidth(moved: int, reference: str = "copy") -> None:
+    """GB/s of the row measured last, of so many bytes, and its fraction of the reference peer's in the same run."""
     row = ROWS[-1]
+    if row["ms"] is None:
+        return
     row["gbytes_per_s"] = moved / row["ms"]["p50"] / 1e6
     same = [x for x in ROWS if all(x[name] == row[name] for name in ("operator", "shape"))]
-    copies = [x["gbytes_per_s"] for x in same if x["peer"] == "copy"]
-    row["of_copy"] = row["gbytes_per_s"] / copies[-1] if copies else None
+    reached = [x["gbytes_per_s"] for x in same if x["peer"] == reference and x["ms"]]
+    row[f"of_{reference}"] = row["gbytes_per_s"] / reached[-1] if reached else None
 
 
-def unmeasured(operator: str, peer: str, q: torch.Tensor, reason: str, **estimates: float) -> None:
+def unmeasured(operator: str, peer: str, q: Tensor, reason: str, **estimates: float) -> None:
     ROWS.append({"operator": operator, "peer": peer, "shape": list(q.shape), "ms": None, "reason": reason, **estimates})
 
 
-def seconds(benchmark, function, args) -> list[float]:
+@functools.cache
+def room() -> int:
+    """Bytes that a peer may need and still be run."""
+    return int(0.9 * torch.cuda.mem_get_info()[1]) if DEVICE == "cuda" else 4 * 2**30
+
+
+def seconds(benchmark, function: Callable, args: tuple, first: float) -> list[float]:
+    """Times of calls after the first, which took so long."""
     if DEVICE == "cpu":
-        benchmark.pedantic(function, args, rounds=5 if args[0].shape[2] <= 4096 else 2, warmup_rounds=1)
+        benchmark.pedantic(function, args, rounds=5 if first < 1 else 2 if first < 10 else 1)
         return benchmark.stats.stats.data
     from triton.testing import do_bench
 
@@ -50,7 +143,7 @@ def seconds(benchmark, function, args) -> list[float]:
     return [ms / 1e3 for ms in times]
 
 
-def peak_bytes(function, args) -> int:
+def peak_bytes(function: Callable, args: tuple) -> int:
     """Bytes that one call holds at most beyond what was held before it."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -61,6 +154,8 @@ def peak_bytes(function, args) -> int:
         return torch.cuda.max_memory_allocated() - before
     if platform.system() != "Linux":
         return 0
+    # freed pages that the process still holds would be used again unseen
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     function(*args)
@@ -76,6 +171,7 @@ def quantile(values: list[float], share: float) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
+@functools.cache
 def device() -> str:
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
@@ -85,6 +181,7 @@ def device() -> str:
     return f"{names[0]}, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     try:
         import triton

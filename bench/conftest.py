@@ -2,42 +2,73 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
-from cases import ROWS, device, peak_bytes, quantile, seconds, versions
+from cases import OURS, ROWS, ceilings, device, peak_bytes, quantile, room, seconds, stated_bound, unmeasured, versions
 
 
 @pytest.fixture
 def measure(benchmark):
-    """measure(operator, peer, function, *args, flops=, check=None): check, time, weigh, record."""
+    """measure(operator, peer, function, *args, flops=, exps=0, moved=0, needs=0, check=None).
 
-    def run(operator, peer, function, *args, flops, check=None):
-        result = function(*args)
+    Checks, times, weighs and records. flops, exps and moved bytes are what the operator must do; without exps and
+    moved no bound is stated. A peer that needs more bytes than there are, or that fails, leaves a row that says so.
+    """
+
+    def run(operator, peer, function, *args, flops, exps=0, moved=0, needs=0, check=None):
+        q = args[0]
+        if needs > room():
+            unmeasured(operator, peer, q, "estimated, not run", peak_mib=needs / 2**20)
+            return
+        start = time.perf_counter()
+        try:
+            result = function(*args)
+        except Exception as error:
+            if peer == OURS:
+                raise
+            estimate = {"peak_mib": needs / 2**20} if needs else {}
+            unmeasured(operator, peer, q, _reason(error), **estimate)
+            return
+        first = time.perf_counter() - start
         if check is not None:
             check(result)
         del result
-        times = seconds(benchmark, function, args)
-        q = args[0]
-        ROWS.append(
-            {
-                "operator": operator,
-                "peer": peer,
-                "shape": list(q.shape),
-                "dtype": str(q.dtype).removeprefix("torch."),
-                "device": device(),
-                "ms": {f"p{p}": 1e3 * quantile(times, p / 100) for p in (20, 50, 80)},
-                "gflops": flops / quantile(times, 0.5) / 1e9,
-                "peak_mib": peak_bytes(function, args) / 2**20,
-                **versions(),
-            }
-        )
+        times = seconds(benchmark, function, args, first)
+        row = {
+            "operator": operator,
+            "peer": peer,
+            "shape": list(q.shape),
+            "dtype": str(q.dtype).removeprefix("torch."),
+            "device": device(),
+            "ms": {f"p{p}": 1e3 * quantile(times, p / 100) for p in (20, 50, 80)},
+            "gflops": flops / quantile(times, 0.5) / 1e9,
+            "peak_mib": peak_bytes(function, args) / 2**20,
+            **versions(),
+        }
+        if exps or moved:
+            row["bound_ms"], row["bound_by"] = stated_bound(flops, exps, moved)
+            row["of_bound"] = row["bound_ms"] / row["ms"]["p50"]
+        ROWS.append(row)
 
     return run
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return "not installed"
+    return f"{type(error).__name__}: {error}".splitlines()[0][:100]
+
+
+def pytest_configure(config):
+    # a peer that was not run, and what one that cannot run complains of before it says so
+    for message in ("Benchmark fixture was not used", ".*attention", "Expected query, key and value"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
 def pytest_sessionfinish(session):
-    timed = {(row["operator"], tuple(row["shape"])): row["ms"]["p50"] for row in ROWS if row["peer"] == "causalattn"}
+    timed = {(row["operator"], tuple(row["shape"])): row["ms"]["p50"] for row in ROWS if row["peer"] == OURS}
     for row in ROWS:
         ours = timed.get((row["operator"], tuple(row["shape"])))
         row["ratio"] = row["ms"]["p50"] / ours if row["ms"] and ours else None
@@ -49,11 +80,24 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for row in ROWS:
-        time = f"{row['ms']['p50']:10.1f} ms" if row["ms"] else f"{'—':>13}"
-        ratio = f"{row['ratio']:6.2f}×" if row.get("ratio") else " " * 7
-        memory = f"{row['peak_mib']:9.0f} MiB" if row.get("peak_mib") is not None else ""
+    if any("of_bound" in row for row in ROWS):
+        matmul, copy, exp2 = ceilings()
         terminalreporter.write_line(
-            f"{row['operator']:16} T={row['shape'][2]:<6} {row['peer']:24} {time} {ratio} {memory} "
-            f"{row.get('reason', '')}"
+            f"ceilings: matmul {matmul / 1e12:.2f} TFLOP/s, copy {copy / 1e9:.0f} GB/s, {exp2 / 1e9:.3g}e9 exp2/s"
         )
+    for row in ROWS:
+        terminalreporter.write_line(_line(row))
+
+
+def _line(row: dict) -> str:
+    time_ = f"{row['ms']['p50']:10.1f} ms" if row["ms"] else f"{'—':>13}"
+    ratio = f"{row['ratio']:6.2f}×" if row.get("ratio") else ""
+    rate = f"{row['gflops'] / 1e3:.3f} TFLOP/s" if row.get("gflops") else ""
+    if row.get("gbytes_per_s"):
+        rate = f"{row['gbytes_per_s']:.1f} GB/s"
+    shares = [f"{row[name]:.0%} {name.replace('_', ' ')}" for name in row if name.startswith("of_") and row[name]]
+    memory = f"{row['peak_mib']:.0f} MiB" if row.get("peak_mib") is not None else ""
+    return (
+        f"{row['operator']:30} T={row['shape'][2]:<6} D={row['shape'][3]:<4} {row['peer']:24} {time_} {ratio:>7} "
+        f"{rate:>15} {memory:>10}  {', '.join(shares)}{row.get('reason', '')}"
+    )

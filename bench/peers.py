@@ -1,17 +1,63 @@
-"""What a user would run instead: eager torch, SDPA, and the identities that trick stock kernels into a statistic."""
+"""What a user would run instead: eager torch, SDPA, Flex, and identities that trick stock kernels into a statistic."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 def eager_probs(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     x = q @ k.mT * q.shape[-1] ** -0.5
     if causal:
         x = x.masked_fill_(torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu_(1), -math.inf)
-    return torch.softmax(x, -1, dtype=torch.float32)
+    return torch.softmax(x, -1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    return eager_probs(q, k, causal).to(v.dtype) @ v
+
+
+def eager_attention_probs(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    A = eager_probs(q, k, causal).to(v.dtype)
+    return A @ v, A
+
+
+def plain_write(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """As many bytes as the probabilities have."""
+    return q.new_empty(*q.shape[:3], k.shape[2]).fill_(1)
+
+
+def eager_rows(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    return eager_probs(q, k, False)[:, :, rows]
+
+
+def eager_chosen_rows(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    """The softmax of the chosen rows alone, written by hand."""
+    return eager_probs(q[:, :, rows], k, False)
+
+
+def eager_topk(q: Tensor, k: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    return tuple(eager_probs(q, k, False).topk(n))
+
+
+def eager_map(q: Tensor, k: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """mean and max over cells, of a length that they divide."""
+    A, size = eager_probs(q, k, False), q.shape[2] // cells
+    return F.avg_pool2d(A, size), F.max_pool2d(A, size)
+
+
+def eager_entropy_received(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    A = eager_probs(q, k, False)
+    return torch.special.entr(A).sum(-1), A.sum(-2)
+
+
+def eager_asymmetry(q: Tensor, k: Tensor) -> dict[str, Tensor]:
+    return dense_asymmetry(eager_probs(q, k, False))
 
 
 def eager_dag_score(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
@@ -67,9 +113,46 @@ def dense_row_statistics(A: Tensor) -> dict[str, Tensor]:
     }
 
 
-def eager_bytes(q: Tensor, k: Tensor) -> int:
-    """What eager must hold at once: the scores and their softmax, float32."""
-    return 2 * 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+def eager_bytes(q: Tensor, k: Tensor, matrices: int = 2) -> int:
+    """What eager must hold at once: float32 matrices, the scores and their softmax at least."""
+    return 4 * matrices * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+
+
+def sdpa_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """SDPA by the backend that it chooses itself."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
+    """SDPA by one backend, which raises where it cannot run."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return attend
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """FlexAttention, compiled for each length by itself."""
+    return _compiled_flex()(q, k, v, block_mask=_causal_blocks(q.shape[2], q.device.type) if causal else None)
+
+
+@functools.cache
+def _compiled_flex() -> Callable:
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+
+@functools.cache
+def _causal_blocks(T: int, device: str) -> BlockMask:
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=device)
+
+
+def colreduce(q: Tensor, k: Tensor) -> Tensor:
+    """flash-colreduce's column sums, in q's dtype."""
+    from flash_colreduce import flash_colreduce
+
+    return flash_colreduce(q, k, reduction="sum")
 
 
 def stock_lse(
@@ -82,9 +165,9 @@ def stock_lse(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
-def stock_entropy(q: Tensor, k: Tensor) -> Tensor:
+def stock_entropy(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
     """lse − s·q·Attn(V = k)."""
-    attended, lse = stock_lse(q, k, k)
+    attended, lse = stock_lse(q, k, k, causal)
     return lse - (q * attended).sum(-1) * q.shape[-1] ** -0.5
 
 
