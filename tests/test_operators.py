@@ -12,7 +12,10 @@ REPEATS = 100
 
 
 class Operator(NamedTuple):
-    """axes of each result: "row" [B, H, T, …], "key" [B, H, S, …], "keys" [B, H, …, S], "head" [B, H]."""
+    """axes of each result: "row" [B, H, T, …], "key" [B, H, S, …], "keys" [B, H, …, S], "map" [B, H, T, S] or "head".
+
+    Empty where results move with the length, as cells do.
+    """
 
     run: callable
     axes: str
@@ -46,6 +49,10 @@ def pair_gradients(q, k, v, options):
 ROWS = ["lse", "max", "mass", "entropy", "sum_sq", "below", "diag", "distance", "columns"]
 OPERATORS = {
     "attention": Operator(lambda q, k, v, options: ca.attention(q, k, v, **options)[:2], "row row"),
+    "probabilities": Operator(
+        lambda q, k, v, options: (ca.attention(q, k, v, return_probs=True, **options).probs,), "map"
+    ),
+    "attention_map": Operator(lambda q, k, v, options: ca.attention_map(q, k, 8, **options)[:2], ""),
     "attention_rows": Operator(rows_of, "keys"),
     "attention_topk": Operator(lambda q, k, v, options: ca.attention_topk(q, k, 5, **options), "row row"),
     "attention_topk past 64": Operator(lambda q, k, v, options: ca.attention_topk(q, k, 70, **options), "row row"),
@@ -66,13 +73,15 @@ OPERATORS = {
 
 
 def cut(x, axes, T):
+    if axes == "map":
+        return x[:, :, :T, :T]
     if axes == "keys":
         return x[..., :T]
     return x if axes == "head" else x[:, :, :T]
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [name for name in OPERATORS if OPERATORS[name].axes])
 def test_bits_depend_on_neither_batch_nor_right_padding(backend, name):
     q, k, v = make_qkv(3, 4, 2, 70, 70, 16, seed=1)
     run, axes = OPERATORS[name]
@@ -96,7 +105,7 @@ def test_every_run_gives_the_same_bits(backend, name, repeats):
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "attention_rows"])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if OPERATORS[name].axes not in ("", "keys", "map")])
 def test_left_padding_and_packing_change_no_more_than_roundings(backend, name):
     q, k, v = make_qkv(1, 2, 1, 40, 40, 16, seed=3)
     run, axes = OPERATORS[name]
