@@ -51,8 +51,10 @@ class Code:
     """A kernel's instructions, the edges of its control flow and its loops."""
 
     def __init__(self, sass: str):
+        found = _LINE.finditer(sass)
+        # operands end where hints to the scheduler begin
         self.instructions = [
-            _instruction(int(m[1], 16), m[2] or "", m[3], m[4].split("&")[0].strip()) for m in _LINE.finditer(sass)
+            _instruction(int(m[1], 16), m[2] or "", m[3], re.split("[&?]", m[4])[0].strip()) for m in found
         ]
         self._successors = _successors(self.instructions)
         self._postorder, self._retreating = _walk(self._successors)

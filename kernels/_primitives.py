@@ -110,10 +110,12 @@ def key_tiles(start, stop, exists, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
     low = tl.minimum(low, high) // BLOCK_N * BLOCK_N
     high = tl.cdiv(high, BLOCK_N) * BLOCK_N
     if PARTS == 1:
-        return low, high
-    whole_low = tl.minimum(tl.maximum(tl.cdiv(inner_low, BLOCK_N) * BLOCK_N, low), high)
-    whole_high = tl.maximum(inner_high // BLOCK_N * BLOCK_N, whole_low)
-    return low, whole_low, tl.minimum(whole_high, high), high
+        edges = (low, high)
+    else:
+        whole_low = tl.minimum(tl.maximum(tl.cdiv(inner_low, BLOCK_N) * BLOCK_N, low), high)
+        whole_high = tl.maximum(inner_high // BLOCK_N * BLOCK_N, whole_low)
+        edges = (low, whole_low, tl.minimum(whole_high, high), high)
+    return edges
 
 
 @triton.jit
@@ -159,12 +161,14 @@ def row_tiles(bounds_ptr, blocks, first, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
         whole += tl.sum(inside.to(tl.int32), 0)
     low = tl.minimum(low, high)
     if PARTS == 1:
-        return low * BLOCK_M, high * BLOCK_M
-    # a gap among the whole tiles: none is taken for whole
-    gap = whole != whole_high - whole_low
-    whole_low = tl.where(gap, high, tl.minimum(whole_low, high))
-    whole_high = tl.where(gap, high, tl.maximum(whole_high, whole_low))
-    return low * BLOCK_M, whole_low * BLOCK_M, whole_high * BLOCK_M, high * BLOCK_M
+        edges = (low * BLOCK_M, high * BLOCK_M)
+    else:
+        # a gap among the whole tiles: none is taken for whole
+        gap = whole != whole_high - whole_low
+        whole_low = tl.where(gap, high, tl.minimum(whole_low, high))
+        whole_high = tl.where(gap, high, tl.maximum(whole_high, whole_low))
+        edges = (low * BLOCK_M, whole_low * BLOCK_M, whole_high * BLOCK_M, high * BLOCK_M)
+    return edges
 
 
 @triton.jit
@@ -200,9 +204,11 @@ def base2_scores(dots, scale, softcap):
 @triton.jit
 def head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh):
     """Where a head's bias begins, None without a bias."""
-    if bias_ptr is not None:
-        bias_ptr += pid_b * stride_bb + pid_h * stride_bh
-    return bias_ptr
+    if bias_ptr is None:
+        head_ptr = None
+    else:
+        head_ptr = bias_ptr + pid_b * stride_bb + pid_h * stride_bh
+    return head_ptr
 
 
 @triton.jit

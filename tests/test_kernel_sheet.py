@@ -42,8 +42,8 @@ def check(rows):
         if row["function"] not in WITHOUT_PRODUCTS and "bfloat16" in row["config"]:
             assert row["mma"] > 0, name
             assert row["wgmma"] > 0 or row["arch"] != "sm_90", name
-        if row["function"] == "_attention_fwd_kernel" and "probs" in row["config"]:
-            # at D = 256 a tile 16 keys wide leaves a thread 64 bits of a row
+        # float32 is bound by its products; at D = 256 a tile 16 keys wide leaves a thread 64 bits of a row
+        if row["function"] == "_attention_fwd_kernel" and {"probs", "bfloat16"} <= {*row["config"].split()}:
             bits = 64 if "D=256" in name else 128
             assert row["store"] >= bits, f"{name}: probs stored {row['store']} bits at a time"
 

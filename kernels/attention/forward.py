@@ -41,7 +41,7 @@ def launch(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
     if arch == 0:
         return Launch(32, 32, 4, 1) if itemsize == 4 and D > 64 else Launch(64, 32, 4, 1)
     if itemsize == 4:
-        return Launch(16, 16, 4, 1) if D > 128 else Launch(32, 16, 4 if D <= 64 else 8, 1)
+        return Launch(16, 16, 4, 1) if D > 128 else Launch(32, 16, 4 if D <= 64 else 8, 1 if D <= 64 or lean else 2)
     if D > 128:
         return Launch(64, 32 if lean and arch in (90, 100) else 16, 8, 1)
     if arch in (90, 100):
@@ -128,12 +128,10 @@ def _attention_fwd_kernel(
             l_i = l_i * alpha.to(tl.float64) + tl.sum(p, 1)
             if v_ptr is not None:
                 head_v = v_ptr + pid_b * stride_vb + pid_h // GROUP * stride_vh
-                if part == 1:
-                    v = load_tile(head_v, n, S, stride_vs, stride_vd, V, BLOCK_N, BLOCK_V, False)
-                else:
-                    # a key that no row may attend loads as 0: 0 · NaN must not leak from padding
-                    keys = tl.where(tl.max((x != FORBIDDEN).to(tl.int32), 0) > 0, offs_n, S)
-                    v = load_rows(head_v, keys, S, stride_vs, stride_vd, V, BLOCK_V)
+                v = load_tile(head_v, n, S, stride_vs, stride_vd, V, BLOCK_N, BLOCK_V, part != 1)
+                if part != 1:
+                    # a key that no row may attend: 0 · NaN must not leak from padding
+                    v = tl.where((tl.max((x != FORBIDDEN).to(tl.int32), 0) > 0)[:, None], v, 0.0)
                 acc = acc * alpha[:, None] + dot(p.to(v.dtype), v)
             m_i = m_new
 
