@@ -228,11 +228,14 @@ def _statistics_bwd_dq_kernel(
     pivot = tl.load(pivot_ptr + offs_row, mask=mask_row, other=0.0)
     largest = tl.load(largest_ptr + offs_row, mask=mask_row, other=0.0)
     constant = _constant(up, largest, rows, mask_row)
-    entropy, sum_sq = _optional(up.entropy, rows, mask_row), _optional(up.sum_sq, rows, mask_row)
-    below, distance = _optional(up.below, rows, mask_row), _optional(up.distance, rows, mask_row)
+    entropy = _optional(up.entropy, rows, mask_row)
+    sum_sq = _optional(up.sum_sq, rows, mask_row)
+    below = _optional(up.below, rows, mask_row)
+    distance = _optional(up.distance, rows, mask_row)
     chosen_ptr = _shifted(up.chosen, pid_b * stride_cb + offs_row.to(tl.int64) * stride_ct)
     picked_ptr = _shifted(up.picked, rows * N)
-    squares, absolute = _optional(up.pairs, pid_bh * 2, True), _optional(up.pairs, pid_bh * 2 + 1, True)
+    squares = _optional(up.pairs, pid_bh * 2, True)
+    absolute = _optional(up.pairs, pid_bh * 2 + 1, True)
     if dq_ptr is None:
         delta = tl.zeros([BLOCK_M], tl.float64)
     else:
@@ -306,7 +309,8 @@ def _statistics_bwd_dk_kernel(
         bias_head = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
         alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
         received = _optional(up.received, pid_bh * S + offs_key, offs_key < S)
-        squares, absolute = _optional(up.pairs, pid_bh * 2, True), _optional(up.pairs, pid_bh * 2 + 1, True)
+        squares = _optional(up.pairs, pid_bh * 2, True)
+        absolute = _optional(up.pairs, pid_bh * 2 + 1, True)
         # of use to pairs alone
         q_n = load_rows(q_head, offs_n, T, stride_qt, stride_qd, D, BLOCK_D)
         for part in tl.static_range(PARTS):
