@@ -1,11 +1,12 @@
 """One wording for the errors every operator shares: name, expected, got."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .masks import Intervals, Mask, causal
+from .masks import Intervals, Mask, causal, normal
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,7 +54,8 @@ def check_probs_dtype(dtype: torch.dtype | None, q: Tensor) -> torch.dtype:
     """The dtype of returned probabilities, q's by default."""
     wide = torch.promote_types(q.dtype, torch.float32)
     if dtype not in (None, q.dtype, wide):
-        raise TypeError(f"probs_dtype must be {q.dtype} or {wide}, got {dtype}")
+        allowed = " or ".join(dict.fromkeys((_name(q.dtype), _name(wide))))
+        raise TypeError(f"probs_dtype must be {allowed}, got {dtype if dtype is None else _name(dtype)}")
     return q.dtype if dtype is None else dtype
 
 
@@ -80,11 +82,14 @@ def resolve_mask(q: Tensor, k: Tensor, mask: Mask | Intervals | None, is_causal:
     if not isinstance(mask, Intervals):
         raise TypeError(f"mask must be a causalattn Mask or Intervals, got {type(mask).__name__}")
     _check_rows(mask, q)
-    mask = _inside(mask, S)
+    start, stop, first, offset = mask
+    if not (start.is_cuda or torch.compiler.is_compiling()) and ((start < 0) | (stop > S)).any():
+        raise ValueError(f"mask must lie in 0…{S}, got {int(start.min())}…{int(stop.max())}")
+    # where its values cannot be read, it is cut to the keys
+    start, stop = start.clamp(0, S), stop.clamp(0, S)
     if is_causal:
-        positions = torch.arange(mask.offset, mask.offset + T, device=q.device, dtype=torch.int32)
-        mask = mask._replace(stop=torch.minimum(mask.stop, positions + 1))
-    return mask
+        stop = torch.minimum(stop, torch.arange(offset + 1, offset + T + 1, device=q.device))
+    return normal(start, stop, first, offset)
 
 
 def _check_rows(mask: Intervals, q: Tensor) -> None:
@@ -94,15 +99,8 @@ def _check_rows(mask: Intervals, q: Tensor) -> None:
             raise ValueError(f"mask must be for [{B} or 1, {T}] rows, got {list(bound.shape)}")
         if bound.device != q.device:
             raise ValueError(f"mask must be on q's device {q.device}, got {bound.device}")
-
-
-def _inside(mask: Intervals, S: int) -> Intervals:
-    """A mask somebody else resolved: an error on the CPU, cut to the keys where its values cannot be read."""
-    if mask.start.is_cuda or torch.compiler.is_compiling():
-        return mask._replace(start=mask.start.clamp(min=0), stop=mask.stop.clamp(max=S))
-    if ((mask.start < 0) | (mask.stop > S)).any():
-        raise ValueError(f"mask must lie in 0…{S}, got {int(mask.start.min())}…{int(mask.stop.max())}")
-    return mask
+        if bound.is_floating_point() or bound.is_complex() or bound.dtype == torch.bool:
+            raise TypeError(f"mask must hold integers, got {_dtype(bound)}")
 
 
 def resolve_logits(
@@ -121,19 +119,33 @@ def resolve_logits(
         bias = _check_bias(bias, (B, H, T, k.shape[2]), q.device)
     if alibi_slopes is not None:
         alibi_slopes = _check_slopes(alibi_slopes, B, H, q.device)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
     if sink is not None:
-        if sink.shape != (H,):
-            raise ValueError(f"sink must have shape [{H}], got {list(sink.shape)}")
-        if sink.device != q.device:
-            raise ValueError(f"sink must be on q's device {q.device}, got {sink.device}")
+        sink = _check_sink(sink, H, q.device)
     scale = D**-0.5 if scale is None else float(scale)
     return Logits(mask.start, mask.stop, mask.offset, bias, alibi_slopes, scale, softcap or 0.0, sink)
 
 
+def _check_sink(sink: Tensor, H: int, device: torch.device) -> Tensor:
+    _check_tensor("sink", sink)
+    if sink.shape != (H,):
+        raise ValueError(f"sink must have shape [{H}], got {list(sink.shape)}")
+    if sink.device != device:
+        raise ValueError(f"sink must be on q's device {device}, got {sink.device}")
+    if not sink.is_floating_point():
+        raise TypeError(f"sink must be floating point, got {_dtype(sink)}")
+    return sink.contiguous()
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
 def _check_bias(bias: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """bias with 4 axes, of length 1 where it broadcasts."""
+    _check_tensor("bias", bias)
     if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(bias.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(f"bias must broadcast to {list(shape)}, got {list(bias.shape)}")
     if bias.device != device or not bias.is_floating_point():
@@ -143,14 +155,19 @@ def _check_bias(bias: Tensor, shape: tuple[int, ...], device: torch.device) -> T
 
 def _check_slopes(slopes: Tensor, B: int, H: int, device: torch.device) -> Tensor:
     """slopes as [B or 1, H]."""
+    _check_tensor("alibi_slopes", slopes)
     if slopes.ndim not in (1, 2) or slopes.shape[-1] != H or (slopes.ndim == 2 and slopes.shape[0] not in (1, B)):
         raise ValueError(f"alibi_slopes must have shape [{H}] or [{B}, {H}], got {list(slopes.shape)}")
     if slopes.device != device or not slopes.is_floating_point():
         raise TypeError(f"alibi_slopes must be floating point on {device}, got {_dtype(slopes)} on {slopes.device}")
     if slopes.requires_grad:
         raise NotImplementedError("alibi_slopes have no gradient: pass alibi_slopes.detach()")
-    return slopes.view(-1, H)
+    return slopes.reshape(-1, H)
 
 
 def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+    return _name(x.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

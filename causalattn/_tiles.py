@@ -112,9 +112,11 @@ class Head:
 
 
 def heads(q: Tensor, k: Tensor, logits: Logits) -> Iterator[Head]:
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            yield Head(q, k, logits, b, h)
+    """Every head of every sequence, autocast off while they are gone through: it would round products to 16 bits."""
+    with torch.autocast(q.device.type, enabled=False):
+        for b in range(q.shape[0]):
+            for h in range(q.shape[1]):
+                yield Head(q, k, logits, b, h)
 
 
 class ScoreGradients:

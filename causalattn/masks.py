@@ -23,7 +23,7 @@ class Intervals(NamedTuple):
 
     def without_first(self) -> "Intervals":
         """The same mask with each row's first real key forbidden, where it is the row's leftmost key."""
-        return _normal(torch.where(self.start == self.first, self.start + 1, self.start), self.stop, *self[2:])
+        return normal(torch.where(self.start == self.first, self.start + 1, self.start), self.stop, *self[2:])
 
     def to_dense(self, S: int) -> Tensor:
         """bool [B or 1, T, S], True where query i may attend key j."""
@@ -64,7 +64,7 @@ class Mask:
             left, right, origin = rule.bounds(positions, S)
             start, stop = torch.maximum(start, left), torch.minimum(stop, right)
             first = torch.maximum(first, origin)
-        return _normal(start, stop, first, offset)
+        return normal(start, stop, first, offset)
 
     def to_dense(
         self, T: int, S: int, *, offset: int | None = None, device: torch.device | str | None = None
@@ -244,7 +244,8 @@ class _Explicit:
         return tuple(bound.to(positions.device, positions.dtype) for bound in (self.start, self.stop, self.first))
 
 
-def _normal(start: Tensor, stop: Tensor, first: Tensor, offset: int) -> Intervals:
+def normal(start: Tensor, stop: Tensor, first: Tensor, offset: int) -> Intervals:
+    """Bounds as operators read them: int32, contiguous, of one shape, 0 and 0 where nothing may be attended."""
     empty = stop <= start
     start, stop, first = torch.broadcast_tensors(start.masked_fill(empty, 0), stop.masked_fill(empty, 0), first)
     return Intervals(*(bound.to(torch.int32).contiguous() for bound in (start, stop, first)), offset)

@@ -99,6 +99,7 @@ def permutation_null(
         columns=(column,),
         mask=intervals,
         bias=bias,
+        alibi_slopes=alibi_slopes,
         scale=scale,
         softcap=softcap,
         sink=sink,

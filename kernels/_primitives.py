@@ -118,16 +118,16 @@ def key_tiles(start, stop, exists, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
     return edges
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _block_bounds_kernel(start_ptr, stop_ptr, bounds_ptr, stride_ib, T, BLOCK_M: tl.constexpr):
-    blocks = tl.num_programs(0)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    pid_b = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(T, BLOCK_M)
+    pid_m, pid_b = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     start, stop = load_intervals(start_ptr + pid_b * stride_ib, stop_ptr + pid_b * stride_ib, offs_m, T)
     # a row past T counts as one that may attend nothing, so a block that holds one is never whole
     bounds = interval_bounds(start, stop, offs_m >= 0)
     for edge in tl.static_range(4):
-        tl.store(bounds_ptr + (pid_b * 4 + edge) * blocks + tl.program_id(0), bounds[edge])
+        tl.store(bounds_ptr + (pid_b * 4 + edge) * blocks + pid_m, bounds[edge])
 
 
 def block_bounds(start: torch.Tensor, stop: torch.Tensor, BLOCK_M: int) -> torch.Tensor:
@@ -135,7 +135,7 @@ def block_bounds(start: torch.Tensor, stop: torch.Tensor, BLOCK_M: int) -> torch
     T = start.shape[1]
     blocks = triton.cdiv(T, BLOCK_M)
     bounds = torch.empty(start.shape[0], 4, blocks, dtype=torch.int32, device=start.device)
-    _block_bounds_kernel[(blocks, start.shape[0])](start, stop, bounds, start.stride(0), T, BLOCK_M=BLOCK_M)
+    _block_bounds_kernel[(blocks * start.shape[0],)](start, stop, bounds, start.stride(0), T, BLOCK_M=BLOCK_M)
     return bounds
 
 

@@ -28,7 +28,7 @@ SPAN = 2048
 
 def rows_launch(itemsize: int, arch: int) -> Launch:
     """A thread holds 16 bytes of each of its rows, four rows where a warp has 32 lanes; arch is `architecture`'s."""
-    return Launch(64, 512 // itemsize, 8 if arch == 0 else 16, 1)
+    return Launch(64, 512 // itemsize, 8 if arch in (0, 80) else 16, 1)
 
 
 def pairs_launch(itemsize: int, arch: int) -> Launch:

@@ -62,6 +62,11 @@ with torch.device("cpu"):
 
 
 @pytest.fixture(autouse=True)
+def same_random_numbers_in_any_order():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def nan_in_unwritten_memory(monkeypatch):
     for owner, name, fill in HOSTILE:
         monkeypatch.setattr(owner, name, fill)

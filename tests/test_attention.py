@@ -23,7 +23,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from causalattn import attention, causal, full, intervals, packed, padding, sliding_window
+from causalattn import Intervals, attention, causal, full, intervals, packed, padding, sliding_window
 from causalattn.reference.attention import attention as reference
 
 # the package's own name attention is the function
@@ -188,6 +188,28 @@ def test_a_key_allowed_to_nobody_between_two_runs_never_leaks(backend):
 
 
 @pytest.mark.parametrize("backend", PATHS)
+def test_any_layout_of_sinks_and_intervals(backend):
+    q, k, v = make_qkv(2, 4, 2, 33, 40, 16)
+    sink = torch.randn(4, 3, device=DEVICE)
+    check(backend, q, k, v, causal(), sink=sink[:, 1])
+    start = torch.randint(0, 20, (33, 2), device=DEVICE, dtype=torch.int32).T
+    stop = torch.full((1, 1), 31, device=DEVICE).expand(2, 33)
+    given = Intervals(start, stop, start, 7)
+    plain = Intervals(*(x.int().contiguous() for x in given[:3]), 7)
+    for x, y in zip(*(attention(q, k, v, mask=m, backend=backend)[:2] for m in (given, plain)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_autocast_changes_nothing():
+    q, k, v = make_qkv(1, 2, 1, 40, 40, 16)
+    expected = attention(q, k, v)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        result = attention(q, k, v)
+    assert torch.equal(result.out, expected.out)
+    assert torch.equal(result.lse, expected.lse)
+
+
+@pytest.mark.parametrize("backend", PATHS)
 def test_bits_depend_on_neither_batch_nor_padding_nor_the_run(backend):
     q, k, v = make_qkv(3, 4, 2, 70, 70, 16)
     whole = attention(q, k, v, mask=causal() & padding([70, 51, 70]), backend=backend)
@@ -278,7 +300,12 @@ GOOD = torch.zeros(2, 4, 5, 16)
         (ValueError, "head dim of at least 1", (GOOD[..., :0], GOOD[..., :0], GOOD), {}),
         (ValueError, r"v must have shape \[2, 4, 5, V\]", (GOOD, GOOD, GOOD[:, :, :3]), {}),
         (TypeError, "v must have k's dtype", (GOOD, GOOD, GOOD.double()), {}),
-        (ValueError, "softcap must be positive, got -1", (GOOD, GOOD, GOOD), {"softcap": -1.0}),
+        (ValueError, "softcap must be positive and finite, got -1", (GOOD, GOOD, GOOD), {"softcap": -1.0}),
+        (ValueError, "softcap must be positive and finite, got inf", (GOOD, GOOD, GOOD), {"softcap": float("inf")}),
+        (TypeError, "sink must be a torch.Tensor, got list", (GOOD, GOOD, GOOD), {"sink": [0.0] * 4}),
+        (TypeError, "sink must be floating point", (GOOD, GOOD, GOOD), {"sink": torch.zeros(4).long()}),
+        (TypeError, "bias must be a torch.Tensor, got float", (GOOD, GOOD, GOOD), {"bias": 1.0}),
+        (TypeError, "alibi_slopes must be a torch.Tensor, got list", (GOOD, GOOD, GOOD), {"alibi_slopes": [1.0] * 4}),
         (ValueError, r"sink must have shape \[4\], got \[3\]", (GOOD, GOOD, GOOD), {"sink": torch.zeros(3)}),
         (ValueError, r"bias must broadcast to \[2, 4, 5, 5\]", (GOOD, GOOD, GOOD), {"bias": torch.zeros(5, 6)}),
         (
@@ -296,7 +323,7 @@ GOOD = torch.zeros(2, 4, 5, 16)
         ),
         (
             TypeError,
-            "probs_dtype must be torch.float32",
+            "probs_dtype must be float32, got float16",
             (GOOD, GOOD, GOOD),
             {"return_probs": True, "probs_dtype": torch.half},
         ),
@@ -304,6 +331,12 @@ GOOD = torch.zeros(2, 4, 5, 16)
         (TypeError, "mask must be a causalattn Mask", (GOOD, GOOD, GOOD), {"mask": torch.ones(5, 5)}),
         (ValueError, "mask must be for", (GOOD, GOOD, GOOD), {"mask": causal().resolve(6, 6)}),
         (ValueError, "mask must lie in", (GOOD, GOOD, GOOD), {"mask": full().resolve(5, 9)}),
+        (
+            TypeError,
+            "mask must hold integers, got float32",
+            (GOOD, GOOD, GOOD),
+            {"mask": Intervals(*(torch.zeros(1, 5) for _ in range(3)), 0)},
+        ),
         (ValueError, "packed needs as many", (GOOD, GOOD[:, :, :3], GOOD[:, :, :3]), {"mask": packed([0, 5])}),
         (ValueError, "backend must be", (GOOD, GOOD, GOOD), {"backend": "cuda"}),
         (TypeError, "got float64", (GOOD.double(), GOOD.double(), GOOD.double()), {"backend": "triton"}),

@@ -173,6 +173,17 @@ def test_padding_never_leaks(backend):
 
 
 @pytest.mark.parametrize("backend", PATHS)
+def test_gradients_that_are_nan_on_padding_never_leak(backend):
+    q, k, v = make_qkv(2, 2, 1, 40, 40, 16)
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out, lse, probs = attention(*leaves, mask=causal() & padding([40, 21]), return_probs=True, backend=backend)
+    # where gives lse² a gradient of NaN at −∞, and so does entr where a probability is 0
+    loss = torch.where(lse.isfinite(), lse.square(), 0).sum() + out.sum()
+    for x in torch.autograd.grad(loss + torch.where(probs > 0, torch.special.entr(probs), 0).sum(), leaves):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", PATHS)
 def test_bits_depend_on_neither_batch_nor_padding_nor_the_run(backend):
     q, k, v = make_qkv(3, 4, 2, 70, 70, 16)
     whole = padded_gradients(q, k, v, [70, 51, 70], backend)

@@ -238,7 +238,7 @@ GOOD = torch.zeros(2, 4, 5, 16)
         (ValueError, "cells must be at least 1, got 0", 0, {}),
         (TypeError, "cells must be an int, got float", 2.0, {}),
         (TypeError, "cells must be an int, got bool", True, {}),
-        (ValueError, "softcap must be positive, got -1", 2, {"softcap": -1.0}),
+        (ValueError, "softcap must be positive and finite, got -1", 2, {"softcap": -1.0}),
         (ValueError, r"bias must broadcast to \[2, 4, 5, 5\]", 2, {"bias": torch.zeros(5, 6)}),
         (ValueError, r"alibi_slopes must have shape \[4\]", 2, {"alibi_slopes": torch.ones(3)}),
         (TypeError, "mask must be a causalattn Mask", 2, {"mask": torch.ones(5, 5)}),

@@ -311,7 +311,7 @@ LEARNT = torch.zeros(2, 4, 5, 16, requires_grad=True)
         (NotImplementedError, "has no gradient", (GOOD, GOOD, 1), {"bias": torch.zeros(5, 5, requires_grad=True)}),
         (NotImplementedError, "has no gradient", (GOOD, GOOD, 1), {"sink": torch.zeros(4, requires_grad=True)}),
         (ValueError, "head count that divides", (GOOD, GOOD[:, :3], 1), {}),
-        (ValueError, "softcap must be positive, got -1", (GOOD, GOOD, 1), {"softcap": -1.0}),
+        (ValueError, "softcap must be positive and finite, got -1", (GOOD, GOOD, 1), {"softcap": -1.0}),
         (ValueError, r"bias must broadcast to \[2, 4, 5, 5\]", (GOOD, GOOD, 1), {"bias": torch.zeros(5, 6)}),
         (ValueError, r"alibi_slopes must have shape \[4\]", (GOOD, GOOD, 1), {"alibi_slopes": torch.ones(3)}),
         (TypeError, "mask must be a causalattn Mask", (GOOD, GOOD, 1), {"mask": torch.ones(5, 5)}),

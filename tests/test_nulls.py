@@ -107,6 +107,7 @@ def test_columns_logits_and_learned_sinks(backend, column):
     q, k, _ = make_qkv(2, 2, 1, 15, 18, 16, seed=5)
     logits = {"bias": torch.randn(2, 15, 18).to(DEVICE), "scale": 0.7, "softcap": 3.0}
     logits["sink"] = torch.tensor([0.5, -1.0], device=DEVICE)
+    logits["alibi_slopes"] = torch.tensor([0.3, 1.0], device=DEVICE)
     intervals = masks.sliding_window(6).resolve(15, 18, device=DEVICE)
     options = {"statistic": "column", "column": column, "backend": backend}
     null = permutation_null(q, k, mask=masks.sliding_window(6), **options, **logits)

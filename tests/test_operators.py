@@ -22,12 +22,18 @@ class Operator(NamedTuple):
 
 
 def rows_of(q, k, v, options):
-    return (ca.attention_rows(q, k, [0, 3, 3, 1], **options),)
+    # on the device, as a capture needs
+    return (ca.attention_rows(q, k, torch.tensor([0, 3, 3, 1], device=q.device), **options),)
 
 
 def gradients(results, inputs):
     loss = sum(torch.where(x.isfinite(), x, 0).square().sum() for x in results)
     return torch.autograd.grad(loss, inputs)
+
+
+def rows_gradients(q, k, v, options):
+    leaves = [x.detach().requires_grad_() for x in (q, k)]
+    return gradients(rows_of(*leaves, v, options), leaves)
 
 
 def attention_gradients(q, k, v, options):
@@ -66,10 +72,15 @@ OPERATORS = {
     ),
     "dag_score": Operator(lambda q, k, v, options: (ca.dag_score(q, k, **options),), "head"),
     "asymmetry": Operator(lambda q, k, v, options: ca.asymmetry(q, k, **options), "head head head head row"),
+    "gradients of rows": Operator(rows_gradients, "row key"),
     "gradients of attention": Operator(attention_gradients, "row key key"),
     "gradients of statistics": Operator(statistics_gradients, "row key"),
     "gradients of asymmetry": Operator(pair_gradients, "row key"),
 }
+
+# what a sequence that begins later gives too, row by row
+SHIFTED = [name for name in OPERATORS if OPERATORS[name].axes not in ("", "keys", "map")]
+SHIFTED.remove("gradients of rows")
 
 
 def cut(x, axes, T):
@@ -83,9 +94,9 @@ def cut(x, axes, T):
 @pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("name", [name for name in OPERATORS if OPERATORS[name].axes])
 def test_bits_depend_on_neither_batch_nor_right_padding(backend, name):
-    q, k, v = make_qkv(3, 4, 2, 70, 70, 16, seed=1)
+    q, k, v = make_qkv(6, 4, 2, 70, 70, 16, seed=1)
     run, axes = OPERATORS[name]
-    lengths = [70, 51, 64]
+    lengths = [70, 51, 64, 17, 4, 5]
     together = run(q, k, v, {"mask": ca.causal() & ca.padding(lengths), "backend": backend})
     for b, T in enumerate(lengths):
         alone = [x[b : b + 1, :, :T] for x in (q, k, v)]
@@ -105,7 +116,7 @@ def test_every_run_gives_the_same_bits(backend, name, repeats):
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("name", [name for name in OPERATORS if OPERATORS[name].axes not in ("", "keys", "map")])
+@pytest.mark.parametrize("name", SHIFTED)
 def test_left_padding_and_packing_change_no_more_than_roundings(backend, name):
     q, k, v = make_qkv(1, 2, 1, 40, 40, 16, seed=3)
     run, axes = OPERATORS[name]

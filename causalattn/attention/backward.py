@@ -87,8 +87,10 @@ def _attend_backward_torch(
                 p = head.probs(m, n, factors[0][rows], factors[1][rows])
                 if v is not None:
                     keys = slice(n, min(n + BLOCK, head.S))
-                    dv[b, group, keys].addmm_(p.T[: keys.stop - n], upstream.dout[rows])
-                grads.add(head, m, n, upstream.tile(m, n).sub_(less[rows]).mul_(p))
+                    # a whole tile's product: a ragged one would round otherwise
+                    dv[b, group, keys] += (p.T @ upstream.dout[rows])[: keys.stop - n]
+                # whatever the gradients of padding are
+                grads.add(head, m, n, upstream.tile(m, n).sub_(less[rows]).mul_(p).masked_fill_(p == 0, 0))
     dbias = q.new_empty(0, dtype=accumulator(q)) if grads.bias is None else grads.bias
     return grads.q.to(q.dtype), grads.k.to(k.dtype), dv.to(k.dtype), dbias, delta
 
@@ -125,6 +127,6 @@ def _probs_delta(head: Head, upstream: _Upstream, factors: tuple[Tensor, Tensor]
         rows = slice(m, min(m + BLOCK, head.T))
         for n in head.key_blocks(m):
             direct = upstream.dprobs[rows, n : n + BLOCK].to(head.dtype)
-            p = head.probs(m, n, *(x[m : m + BLOCK] for x in factors))
-            delta[rows] += torch.linalg.vecdot(p[: direct.shape[0], : direct.shape[1]], direct)
+            p = head.probs(m, n, *(x[m : m + BLOCK] for x in factors))[: direct.shape[0], : direct.shape[1]]
+            delta[rows] += torch.linalg.vecdot(p, direct.masked_fill(p == 0, 0))
     return delta

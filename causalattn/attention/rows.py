@@ -36,6 +36,7 @@ def attention_rows(
         rows: the queries i, R of them in any order and with repeats, counted from 0 and negative ones from the end. A
             sequence is checked, and so is a tensor on the CPU; the values of a CUDA tensor cannot be read without
             waiting for it, so there one out of range gives the nearest row. torch.compile checks no tensor's values.
+            For a CUDA graph they must be on q's device already.
         causal, mask, bias, alibi_slopes, scale, softcap, sink: as in `attention`. Slopes become a dense bias here,
             of the output's size.
         probs_dtype: A's dtype, q's (the default) or float32 (float64 for float64 q).
@@ -62,13 +63,19 @@ def attention_rows(
     intervals = resolve_mask(q, k, mask, causal)
     options = {"bias": bias, "alibi_slopes": alibi_slopes, "scale": scale, "softcap": softcap, "sink": sink}
     logits = _chosen_logits(resolve_logits(q, k, intervals, **options), rows, k, accumulator(q))
-    return attend(q.index_select(2, rows), k, None, *logits, dtype, backend)[4]
+    # indexing, whose gradient adds up a repeated row in order
+    return attend(q[:, :, rows], k, None, *logits, dtype, backend)[4]
 
 
 def _resolve_rows(rows: Tensor | Sequence[int], q: Tensor) -> Tensor:
     """rows as positions 0 … T − 1 on q's device, [R] int64."""
     T = q.shape[2]
-    chosen = rows if isinstance(rows, Tensor) else torch.tensor(rows)
+    if isinstance(rows, Tensor) and rows.is_cuda and not q.is_cuda:
+        raise ValueError(f"rows must be on q's device {q.device}, got {rows.device}")
+    try:
+        chosen = torch.as_tensor(rows)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        raise TypeError(f"rows must be a sequence of integers, got {type(rows).__name__}") from None
     if chosen.numel() == 0:
         chosen = chosen.long()
     if chosen.ndim != 1:
@@ -81,7 +88,7 @@ def _resolve_rows(rows: Tensor | Sequence[int], q: Tensor) -> Tensor:
     )
     if wrong or (T == 0 and chosen.numel()):
         raise ValueError(f"rows must lie in {-T}…{T - 1}, got {wrong[0] if wrong else 'some of an empty q'}")
-    chosen = chosen.to(q.device, torch.int64, non_blocking=True)
+    chosen = chosen.to(q.device, torch.int64)
     return torch.where(chosen < 0, chosen + T, chosen).clamp(0, max(T - 1, 0))
 
 
@@ -89,7 +96,7 @@ def _chosen_logits(logits: Logits, rows: Tensor, k: Tensor, dtype: torch.dtype) 
     """The logits of q's chosen rows, ALiBi as a dense bias: chosen rows have no common offset."""
     bias = logits.bias
     if bias is not None and bias.shape[2] > 1:
-        bias = bias.index_select(2, rows)
+        bias = bias[:, :, rows]
     if logits.slopes is not None:
         keys = torch.arange(k.shape[2], device=k.device)
         distance = (rows[:, None] + logits.offset - keys).abs()

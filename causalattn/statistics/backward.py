@@ -150,7 +150,7 @@ class _Tiles:
         self.cells = None
         if up.cells is not None:
             self.cells = up.cells[b, h].to(head.dtype)
-            rows, keys = up.row_cells[:, None] // self.cells.shape[1], up.key_cells[:, None]
+            rows, keys = up.row_cells[:, None] // max(1, self.cells.shape[1]), up.key_cells[:, None]
             self.row_cells, self.key_cells = (padded(x, BLOCK)[:, 0] for x in (rows, keys))
 
     def probs_and_gradient(self, m: int, n: int) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def launch_dq(D: int, itemsize: int, arch: int) -> Launch:
     if arch == 0:
         return Launch(32, 32, 4, 1)
     if itemsize == 4:
-        return Launch(16, 16, 8, 2)
+        return Launch(16, 16, 4, 2)
     if arch in (90, 100):
         return Launch(128, 32, 8, 2) if D <= 64 else Launch(64, 32, 8, 2)
     return Launch(32, 32, 4 if D <= 64 else 8, 2)
@@ -56,7 +56,7 @@ def launch_dkv(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
         return Launch(16, 16, 8, 2)
     if arch in (90, 100):
         return Launch(32, 128, 8, 2) if D <= 64 else Launch(32 if lean else 16, 64, 8, 2)
-    return Launch(32, 32, 4 if D <= 64 else 8, 2)
+    return Launch(32, 32, 8, 2)
 
 
 @triton.jit
@@ -82,8 +82,9 @@ def _probs_delta(
                 dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
                 bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, part != 1)
             p = tl.exp2(x - pivot[:, None]) * largest[:, None]
-            delta += tl.sum(p * _probs_gradient(
-                dprobs_ptr, offs_m[:, None], offs_n[None, :], T, S, stride_pt, stride_ps), 1)
+            dprobs = _probs_gradient(dprobs_ptr, offs_m[:, None], offs_n[None, :], T, S, stride_pt, stride_ps)
+            # whatever the gradient of a forbidden pair is
+            delta += tl.sum(tl.where(p == 0, 0.0, p * dprobs), 1)
     return delta
 
 
@@ -149,7 +150,11 @@ def _attention_bwd_dq_kernel(
                 dp += dot(dout, tl.trans(load_rows(v_ptr, keys, S, stride_vs, stride_vd, V, BLOCK_V)))
             if dprobs_ptr is not None:
                 dp += _probs_gradient(dprobs_ptr, offs_m[:, None], offs_n[None, :], T, S, stride_pt, stride_ps)
-            ds = tl.exp2(x - pivot[:, None]) * largest[:, None] * dp
+            p = tl.exp2(x - pivot[:, None]) * largest[:, None]
+            ds = p * dp
+            if part != 1:
+                # whatever the gradients of padding are
+                ds = tl.where(p == 0, 0.0, ds)
             if ds_ptr is not None:
                 ptrs = ds_ptr + rows[:, None] * S + offs_n[None, :]
                 tl.store(ptrs, ds, mask=mask_m[:, None] & (offs_n[None, :] < S))

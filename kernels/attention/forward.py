@@ -36,12 +36,15 @@ from .._primitives import (
 )
 
 
-def launch(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
+def launch(D: int, itemsize: int, arch: int, shaped: bool, probs: bool) -> Launch:
     """Tiles by the larger of D and V and by dtype, wider where scores are plain; arch is `architecture`'s."""
     if arch == 0:
         return Launch(32, 32, 4, 1) if itemsize == 4 and D > 64 else Launch(64, 32, 4, 1)
     if itemsize == 4:
-        return Launch(16, 16, 4, 1) if D > 128 else Launch(32, 16, 4 if D <= 64 else 8, 1 if D <= 64 or lean else 2)
+        if D > 128:
+            return Launch(16, 16, 4, 1)
+        return Launch(32, 16, 8, 2) if shaped and D > 64 else Launch(32, 16, 4, 1)
+    lean = not shaped and not probs
     if D > 128:
         return Launch(64, 32 if lean and arch in (90, 100) else 16, 8, 1)
     if arch in (90, 100):
@@ -176,8 +179,8 @@ def attention_fwd(
     probs = torch.empty(0 if probs_dtype is None else (B, H, T, S), dtype=probs_dtype, device=q.device)
     if lse.numel() == 0:
         return out, lse, pivot, largest, probs
-    lean = bias is None and slopes is None and softcap == 0 and probs_dtype is None
-    tiles = launch(max(D, V), q.element_size(), architecture(q), lean)
+    shaped = bias is not None or slopes is not None or softcap > 0
+    tiles = launch(max(D, V), q.element_size(), architecture(q), shaped, probs_dtype is not None)
     _attention_fwd_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
         q, k, v, start, stop, bias, slopes, sink, out, lse, pivot, largest, probs if probs_dtype else None,
         *score_strides(q, k, start, bias, slopes), *((0, 0, 0, 0) if v is None else v.stride()), S,

@@ -35,7 +35,9 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
         return Launch(32, 32, 4, 1)
     if arch == 0:
         return Launch(32, 64, 4, 1)
-    return Launch(64, 32, 4, 1 if arch == 100 else 2)
+    if arch in (90, 100):
+        return Launch(64, 32, 4, 1 if arch == 100 else 2)
+    return Launch(32, 32, 4, 2)
 
 
 @triton.jit

@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from .._primitives import (
-    LN2,
     Launch,
     architecture,
     block_bounds,
@@ -31,7 +30,6 @@ from .._primitives import (
     key_tiles,
     load_intervals,
     load_rows,
-    masked_scores,
     parts,
     reached_keys,
     row_tiles,
@@ -39,22 +37,18 @@ from .._primitives import (
     slope,
     uncapped_gradient,
 )
+from ._gradient import (
+    Coefficients,
+    cell_gradient,
+    constant_of,
+    map_gradient,
+    mirrored,
+    optional,
+    probs_and_exponents,
+    shifted,
+)
 
 WORKSPACE = 2**26  # float32 entries of dS, 256 MiB, that a gradient of bias is summed from
-
-
-class _Coefficients(NamedTuple):
-    """Of G: along the tile's axis of rows or of keys, or one number; None where G has not."""
-
-    constant: tl.tensor  # what of G is one number a row
-    entropy: tl.tensor | None
-    sum_sq: tl.tensor | None
-    below: tl.tensor | None
-    distance: tl.tensor | None
-    received: tl.tensor | None
-    cells: tl.tensor | None
-    squares: tl.tensor | None  # of pairs, this and the next
-    absolute: tl.tensor | None
 
 
 def launch_dq(D: int, itemsize: int, arch: int, pairs: bool, lean: bool) -> Launch:
@@ -77,118 +71,8 @@ def launch_dk(D: int, itemsize: int, arch: int, pairs: bool, lean: bool) -> Laun
     if arch == 100 and not pairs:
         return Launch(32, 64, 4, 2 if D <= 128 else 1)
     if D > 64 and arch != 0:
-        return Launch(32 if lean else 16, 64, 8, 1 if pairs or D > 128 else 2)
+        return Launch(32 if lean and not pairs else 16, 64, 8, 1 if pairs or D > 128 else 2)
     return Launch(32, 64, 8 if pairs and arch else 4, 1)
-
-
-@triton.jit
-def _optional(ptr, offs, mask):
-    """What ptr holds at offs, None without ptr."""
-    if ptr is None:
-        value = None
-    else:
-        value = tl.load(ptr + offs, mask=mask, other=0.0)
-    return value
-
-
-@triton.jit
-def _shifted(ptr, offs):
-    """ptr + offs, None without ptr."""
-    if ptr is None:
-        shifted = None
-    else:
-        shifted = ptr + offs
-    return shifted
-
-
-@triton.jit
-def _cells(up, head, offs_row, offs_key, T, S):
-    """The gradient of the cell that each pair lies in, None without cells."""
-    if up.cells is None:
-        value = None
-    else:
-        row = tl.load(up.row_cells + offs_row, mask=offs_row < T, other=0)
-        key = tl.load(up.key_cells + offs_key, mask=offs_key < S, other=0)
-        value = tl.load(up.cells + head + row + key)
-    return value
-
-
-@triton.jit
-def _constant(up, largest, rows, mask):
-    """What of G is one number a row."""
-    constant = tl.zeros_like(largest)
-    if up.mass is not None:
-        constant += tl.load(up.mass + rows, mask=mask, other=0.0)
-    if up.entropy is not None:
-        # lse − S − 1 = −log of the largest A_ij − log 2·(x − pivot) − 1; of an empty row any number does
-        depth = -LN2 * tl.log2(tl.where(largest == 0, 1.0, largest)) - 1
-        constant += tl.load(up.entropy + rows, mask=mask, other=0.0) * depth
-    return constant
-
-
-@triton.jit
-def _probs(
-    dots, offs_row, offs_key, start, stop, pivot, largest, T, S, offset,
-    bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, MASKED: tl.constexpr,
-):
-    """A of a tile of dot products and its exponents, base-2 scores less their row's pivot."""
-    x = masked_scores(
-        dots, offs_row, offs_key, start, stop, T, S, offset,
-        bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, MASKED) - pivot
-    return tl.exp2(x) * largest, x
-
-
-@triton.jit
-def _mirror(
-    up, along, other_ptr, offs_other, stride_other, stride_d, start_ptr, stop_ptr, pivot_ptr, largest_ptr,
-    offs_row, offs_key, T, offset, bias_ptr, stride_bt, stride_bs, alibi, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
-):
-    """A of queries offs_key and keys offs_row, None without a gradient of pairs; along belongs to the tile's axis 0."""
-    if up.pairs is None:
-        mirror = None
-    else:
-        other = load_rows(other_ptr, offs_other, T, stride_other, stride_d, D, BLOCK_D)
-        mask = offs_key < T
-        mirror, _ = _probs(
-            dot(along, tl.trans(other)), offs_key, offs_row,
-            tl.load(start_ptr + offs_key, mask=mask, other=0), tl.load(stop_ptr + offs_key, mask=mask, other=0),
-            tl.load(pivot_ptr + offs_key, mask=mask, other=0.0), tl.load(largest_ptr + offs_key, mask=mask, other=0.0),
-            T, T, offset, bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, True)
-    return mirror
-
-
-@triton.jit
-def _map_gradient(
-    p, x, of, offs_row, offs_key, offset, mirror, chosen_ptr, picked_ptr, stride_cn, N, mask_row,
-):
-    """p·G of a tile; x is its base-2 scores less their row's pivot, mirror A of the same pairs reversed or None."""
-    grad = of.constant
-    position = offs_row + offset
-    if of.entropy is not None:
-        grad -= of.entropy * LN2 * x
-    if of.sum_sq is not None:
-        grad += of.sum_sq * 2 * p
-    if of.below is not None:
-        grad += tl.where(offs_key < position, of.below, 0.0)
-    if of.distance is not None:
-        grad += of.distance * tl.abs(position - offs_key).to(tl.float32)
-    if of.received is not None:
-        grad += of.received
-    if of.cells is not None:
-        grad += of.cells
-    if picked_ptr is not None:
-        grad += tl.zeros_like(p)
-        for c in range(N):
-            j = tl.load(chosen_ptr + c * stride_cn, mask=mask_row, other=-1)
-            grad += tl.where(offs_key == j, tl.load(picked_ptr + c, mask=mask_row, other=0.0), 0.0)
-    if mirror is not None:
-        # on the diagonal they are one number, however two products round it
-        difference = tl.where(offs_row == offs_key, 0.0, p - mirror)
-        sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
-        grad += 4 * of.squares * difference + 2 * of.absolute * sign
-    # whatever G is where A is 0, upstream gradients of padding included
-    return tl.where(p == 0, 0.0, p * grad)
 
 
 @triton.jit(do_not_specialize=["first", "last", "T", "S", "N", "offset", "scale", "softcap"])
@@ -213,29 +97,26 @@ def _statistics_bwd_dq_kernel(
     start_ptr, stop_ptr = start_ptr + pid_b * stride_ib, stop_ptr + pid_b * stride_ib
     start, stop = load_intervals(start_ptr, stop_ptr, offs_m, T)
     edges = key_tiles(start, stop, offs_m < T, BLOCK_N, PARTS)
-    q_ptr += pid_b * stride_qb + pid_h * stride_qh
-    k_ptr += pid_b * stride_kb + pid_h // GROUP * stride_kh
+    q_ptr, k_ptr = q_ptr + pid_b * stride_qb + pid_h * stride_qh, k_ptr + pid_b * stride_kb + pid_h // GROUP * stride_kh
     q = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
     # of use to pairs alone
     k_m = load_rows(k_ptr, offs_m, S, stride_ks, stride_kd, D, BLOCK_D)
     bias_ptr = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
     alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
-
     # what belongs to rows lies along axis 0
-    offs_row, mask_row = offs_m[:, None], offs_m[:, None] < T
-    rows = pid_bh * T + offs_row
+    offs_row, mask_row, rows = offs_m[:, None], offs_m[:, None] < T, pid_bh * T + offs_m[:, None]
     pivot_ptr, largest_ptr = pivot_ptr + pid_bh * T, largest_ptr + pid_bh * T
     pivot = tl.load(pivot_ptr + offs_row, mask=mask_row, other=0.0)
     largest = tl.load(largest_ptr + offs_row, mask=mask_row, other=0.0)
-    constant = _constant(up, largest, rows, mask_row)
-    entropy = _optional(up.entropy, rows, mask_row)
-    sum_sq = _optional(up.sum_sq, rows, mask_row)
-    below = _optional(up.below, rows, mask_row)
-    distance = _optional(up.distance, rows, mask_row)
-    chosen_ptr = _shifted(up.chosen, pid_b * stride_cb + offs_row.to(tl.int64) * stride_ct)
-    picked_ptr = _shifted(up.picked, rows * N)
-    squares = _optional(up.pairs, pid_bh * 2, True)
-    absolute = _optional(up.pairs, pid_bh * 2 + 1, True)
+    constant = constant_of(up, largest, rows, mask_row)
+    entropy = optional(up.entropy, rows, mask_row)
+    sum_sq = optional(up.sum_sq, rows, mask_row)
+    below = optional(up.below, rows, mask_row)
+    distance = optional(up.distance, rows, mask_row)
+    chosen_ptr = shifted(up.chosen, pid_b * stride_cb + offs_row.to(tl.int64) * stride_ct)
+    picked_ptr = shifted(up.picked, rows * N)
+    squares = optional(up.pairs, pid_bh * 2, True)
+    absolute = optional(up.pairs, pid_bh * 2 + 1, True)
     if dq_ptr is None:
         delta = tl.zeros([BLOCK_M], tl.float64)
     else:
@@ -248,16 +129,16 @@ def _statistics_bwd_dq_kernel(
             keys = offs_n if part == 1 else reached_keys(offs_n, start, stop, S)
             k = load_rows(k_ptr, keys, S, stride_ks, stride_kd, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             dots = dot(q, tl.trans(k))
-            p, x = _probs(
+            p, x = probs_and_exponents(
                 dots, offs_row, offs_key, start[:, None], stop[:, None], pivot, largest, T, S, offset,
                 bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, part != 1)  # [BLOCK_M, BLOCK_N]
-            mirror = _mirror(
+            mirror = mirrored(
                 up, k_m, q_ptr, offs_n, stride_qt, stride_qd, start_ptr, stop_ptr, pivot_ptr, largest_ptr,
                 offs_row, offs_key, T, offset, bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, D, BLOCK_D)
-            received = _optional(up.received, pid_bh * S + offs_key, offs_key < S)
-            cells = _cells(up, pid_bh * stride_gh, offs_row, offs_key, T, S)
-            of = _Coefficients(constant, entropy, sum_sq, below, distance, received, cells, squares, absolute)
-            ds = _map_gradient(
+            received = optional(up.received, pid_bh * S + offs_key, offs_key < S)
+            cells = cell_gradient(up, pid_bh * stride_gh, offs_row, offs_key, T, S)
+            of = Coefficients(constant, entropy, sum_sq, below, distance, received, cells, squares, absolute)
+            ds = map_gradient(
                 p, x, of, offs_row, offs_key, offset, mirror, chosen_ptr, picked_ptr, stride_cn, N, mask_row)
             if dq_ptr is None:
                 delta += tl.sum(ds, 1)
@@ -273,8 +154,8 @@ def _statistics_bwd_dq_kernel(
         tl.store(delta_ptr + rows, shift, mask=offs_row < last)
     else:
         offs_d = tl.arange(0, BLOCK_D)[None, :]
-        dq = (dq * scale).to(dq_ptr.dtype.element_ty)
-        tl.store(dq_ptr + rows * D + offs_d, dq, mask=(offs_row < last) & (offs_d < D))
+        place, mask = dq_ptr + rows * D + offs_d, (offs_row < last) & (offs_d < D)
+        tl.store(place, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "S", "N", "offset", "scale", "softcap"])
@@ -308,9 +189,9 @@ def _statistics_bwd_dk_kernel(
         q_head = q_ptr + pid_b * stride_qb + pid_h * stride_qh
         bias_head = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
         alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
-        received = _optional(up.received, pid_bh * S + offs_key, offs_key < S)
-        squares = _optional(up.pairs, pid_bh * 2, True)
-        absolute = _optional(up.pairs, pid_bh * 2 + 1, True)
+        received = optional(up.received, pid_bh * S + offs_key, offs_key < S)
+        squares = optional(up.pairs, pid_bh * 2, True)
+        absolute = optional(up.pairs, pid_bh * 2 + 1, True)
         # of use to pairs alone
         q_n = load_rows(q_head, offs_n, T, stride_qt, stride_qd, D, BLOCK_D)
         for part in tl.static_range(PARTS):
@@ -325,23 +206,23 @@ def _statistics_bwd_dk_kernel(
                 q = load_rows(q_head, filled, T, stride_qt, stride_qd, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
                 pivot = tl.load(pivot_ptr + rows, mask=mask_row, other=0.0)
                 largest = tl.load(largest_ptr + rows, mask=mask_row, other=0.0)
-                constant = _constant(up, largest, rows, mask_row) - tl.load(delta_ptr + rows, mask=mask_row, other=0.0)
-                of = _Coefficients(
-                    constant, _optional(up.entropy, rows, mask_row), _optional(up.sum_sq, rows, mask_row),
-                    _optional(up.below, rows, mask_row), _optional(up.distance, rows, mask_row),
-                    received, _cells(up, pid_bh * stride_gh, offs_row, offs_key, T, S), squares, absolute)
+                constant = constant_of(up, largest, rows, mask_row) - tl.load(delta_ptr + rows, mask=mask_row, other=0.0)
+                of = Coefficients(
+                    constant, optional(up.entropy, rows, mask_row), optional(up.sum_sq, rows, mask_row),
+                    optional(up.below, rows, mask_row), optional(up.distance, rows, mask_row),
+                    received, cell_gradient(up, pid_bh * stride_gh, offs_row, offs_key, T, S), squares, absolute)
                 dots = dot(k, tl.trans(q))
-                p, x = _probs(
+                p, x = probs_and_exponents(
                     dots, offs_row, offs_key, start[None, :], stop[None, :], pivot, largest, T, S, offset,
                     bias_head, stride_bt, stride_bs, alibi, scale, softcap, part != 1)  # [BLOCK_N, BLOCK_M]
-                mirror = _mirror(
+                mirror = mirrored(
                     up, q_n, k_ptr, offs_m, stride_ks, stride_kd, start_ptr, stop_ptr,
                     pivot_ptr + pid_bh * T, largest_ptr + pid_bh * T,
                     offs_row, offs_key, T, offset, bias_head, stride_bt, stride_bs, alibi, scale, softcap, D, BLOCK_D)
-                chosen_ptr = _shifted(up.chosen, pid_b * stride_cb + offs_row.to(tl.int64) * stride_ct)
-                ds = _map_gradient(
+                chosen_ptr = shifted(up.chosen, pid_b * stride_cb + offs_row.to(tl.int64) * stride_ct)
+                ds = map_gradient(
                     p, x, of, offs_row, offs_key, offset, mirror,
-                    chosen_ptr, _shifted(up.picked, rows * N), stride_cn, N, mask_row)
+                    chosen_ptr, shifted(up.picked, rows * N), stride_cn, N, mask_row)
                 dk += dot(uncapped_gradient(ds, dots, scale, softcap).to(q.dtype), q)
 
     offs_d = tl.arange(0, BLOCK_D)[None, :]

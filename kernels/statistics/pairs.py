@@ -35,7 +35,9 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
     """Square tiles by head dim and dtype; arch is `architecture`'s."""
     if D <= 128 and itemsize == 2 and arch in (0, 90, 100):
         return Launch(64, 64, 4, 1) if arch == 0 else Launch(64, 64, 8, 2)
-    return Launch(32, 32, 4, 1)
+    if itemsize == 4 and arch != 0:
+        return Launch(32, 32, 8, 1)
+    return Launch(32, 32, 4, 2 if D <= 64 and arch != 0 else 1)
 
 
 @triton.jit(do_not_specialize=["T", "offset", "scale", "softcap"])
@@ -110,7 +112,8 @@ def _pair_statistics_kernel(
     partial_ptr += pid_bh * blocks + pid_m
     tl.store(partial_ptr, difference_sq)
     tl.store(partial_ptr + stride_pn, l1)
-    tl.store(partial_ptr + 2 * stride_pn, largest.to(tl.float64))
+    # a maximum passes a NaN over, a sum does not
+    tl.store(partial_ptr + 2 * stride_pn, tl.where(l1 == l1, largest.to(tl.float64), float("nan")))
 
 
 def pair_statistics_fwd(

@@ -39,7 +39,7 @@ def launch(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
     if arch == 0:
         return Launch(64, 64, 4, 1)
     if arch == 90 and lean:
-        return Launch(128, 64, 4, 2)
+        return Launch(128, 64, 4, 2 if D <= 64 else 1)
     return Launch(64, 128, 8, 3) if arch in (90, 100) else Launch(64, 64, 4, 2)
 
 

@@ -44,7 +44,9 @@ def launch(D: int, itemsize: int, arch: int, extras: int) -> Launch:
         return Launch(64, 32, 4, 1 if arch == 0 else 2)
     if arch == 0:
         return Launch(64, 64, 4, 1)
-    return (Launch(64, 128, 4, 2), Launch(128, 64, 8, 3), Launch(128, 32, 8, 2))[extras]
+    if extras == 0:
+        return Launch(64, 128, 4, 2)
+    return Launch(128, 64, 8, 3) if extras == 1 and arch != 100 else Launch(128, 32, 8, 2)
 
 
 @triton.jit
@@ -137,6 +139,7 @@ def _row_statistics_kernel(
     gap, unit = normalizer(m_i, l_i.to(tl.float32), sink)
     mass = (l_i * unit).to(tl.float32)
     out_ptr += pid_bh * stride_ob + offs_m
+    stride_on = tl.cast(stride_on, tl.int64)
     if LSE >= 0:
         tl.store(out_ptr + LSE * stride_on, (m_i + gap) * LN2, mask=mask_m)
     if MAX >= 0:
