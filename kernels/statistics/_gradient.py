@@ -55,7 +55,7 @@ def cell_gradient(up, head, offs_row, offs_key, T, S):
 
 
 @triton.jit
-def constant_of(up, largest, rows, mask):
+def of_row(up, largest, rows, mask):
     """What of G is one number a row."""
     constant = tl.zeros_like(largest)
     if up.mass is not None:

@@ -40,9 +40,9 @@ from .._primitives import (
 from ._gradient import (
     Coefficients,
     cell_gradient,
-    constant_of,
     map_gradient,
     mirrored,
+    of_row,
     optional,
     probs_and_exponents,
     shifted,
@@ -108,7 +108,7 @@ def _statistics_bwd_dq_kernel(
     pivot_ptr, largest_ptr = pivot_ptr + pid_bh * T, largest_ptr + pid_bh * T
     pivot = tl.load(pivot_ptr + offs_row, mask=mask_row, other=0.0)
     largest = tl.load(largest_ptr + offs_row, mask=mask_row, other=0.0)
-    constant = constant_of(up, largest, rows, mask_row)
+    constant = of_row(up, largest, rows, mask_row)
     entropy = optional(up.entropy, rows, mask_row)
     sum_sq = optional(up.sum_sq, rows, mask_row)
     below = optional(up.below, rows, mask_row)
@@ -206,7 +206,7 @@ def _statistics_bwd_dk_kernel(
                 q = load_rows(q_head, filled, T, stride_qt, stride_qd, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
                 pivot = tl.load(pivot_ptr + rows, mask=mask_row, other=0.0)
                 largest = tl.load(largest_ptr + rows, mask=mask_row, other=0.0)
-                constant = constant_of(up, largest, rows, mask_row) - tl.load(delta_ptr + rows, mask=mask_row, other=0.0)
+                constant = of_row(up, largest, rows, mask_row) - tl.load(delta_ptr + rows, mask=mask_row, other=0.0)
                 of = Coefficients(
                     constant, optional(up.entropy, rows, mask_row), optional(up.sum_sq, rows, mask_row),
                     optional(up.below, rows, mask_row), optional(up.distance, rows, mask_row),
