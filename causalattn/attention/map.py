@@ -35,7 +35,9 @@ class AttentionMap(NamedTuple):
     source: MapSource
 
     def window(self, q0: int, q1: int, k0: int, k1: int) -> Tensor:
-        """A of queries q0 … q1 − 1 and keys k0 … k1 − 1, exactly: [B, H, q1 − q0, k1 − k0], without gradient.
+        """A of queries q0 … q1 − 1 and keys k0 … k1 − 1, formed again: [B, H, q1 − q0, k1 − k0], without gradient.
+
+        To rounding what `attention(return_probs=True)` has there.
 
         Raises:
             ValueError: bounds that do not lie in 0 ≤ q0 ≤ q1 ≤ T and 0 ≤ k0 ≤ k1 ≤ S.
