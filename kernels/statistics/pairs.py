@@ -36,7 +36,7 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
     if D <= 128 and itemsize == 2 and arch in (0, 90, 100):
         return Launch(64, 64, 4, 1) if arch == 0 else Launch(64, 64, 8, 2)
     if itemsize == 4 and arch != 0:
-        return Launch(32, 32, 8, 1)
+        return Launch(16, 16, 4, 1) if D <= 32 else Launch(32, 32, 8, 1)
     return Launch(32, 32, 4, 2 if D <= 64 and arch != 0 else 1)
 
 
