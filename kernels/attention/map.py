@@ -37,7 +37,7 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
         return Launch(32, 64, 4, 1)
     if arch in (90, 100):
         return Launch(64, 32, 4, 1 if arch == 100 else 2)
-    return Launch(32, 32, 4, 2)
+    return Launch(32 if D <= 64 else 64, 32, 4, 2)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
         return Launch(32, 16, 4, 1)
     if D > 128 or arch == 0:
         return Launch(32, 64, 4, 1)
-    return Launch(64, 64, 4, 2) if arch in (90, 100) else Launch(32, 32, 4, 2)
+    return Launch(64, 64, 4, 2) if arch in (90, 100) else Launch(32, 32 if D <= 64 else 64, 4, 2)
 
 
 @triton.jit
