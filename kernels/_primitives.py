@@ -248,17 +248,15 @@ def masked_scores(
 
 @triton.jit
 def row_scores(
-    q, k_ptr, offs_m, offs_n, start, stop, T, S, offset, stride_ks, stride_kd,
+    q, k_ptr, offs_m, n, start, stop, T, S, offset, stride_ks, stride_kd,
     bias_ptr, stride_bt, stride_bs, slope, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """Masked base-2 scores of rows offs_m against keys offs_n, [BLOCK_M, BLOCK_N], and the keys [BLOCK_N, BLOCK_D]."""
-    k = load_rows(k_ptr, offs_n, S, stride_ks, stride_kd, D, BLOCK_D)
-    x = masked_scores(
-        dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
-        bias_ptr, stride_bt, stride_bs, slope, scale, softcap, MASKED,
-    )
-    return x, k
+    """Masked base-2 scores of rows offs_m against BLOCK_N keys from n on, [BLOCK_M, BLOCK_N]."""
+    k = load_tile(k_ptr, n, S, stride_ks, stride_kd, D, BLOCK_N, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
+    return masked_scores(
+        dot(q, tl.trans(k)), offs_m[:, None], n + tl.arange(0, BLOCK_N)[None, :], start[:, None], stop[:, None],
+        T, S, offset, bias_ptr, stride_bt, stride_bs, slope, scale, softcap, MASKED)
 
 
 @triton.jit

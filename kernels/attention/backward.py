@@ -28,6 +28,7 @@ from .._primitives import (
     masked_scores,
     parts,
     reached_keys,
+    row_scores,
     row_tiles,
     score_strides,
     slope,
@@ -77,10 +78,9 @@ def _probs_delta(
     for part in tl.static_range(PARTS):
         for n in range(edges[part], edges[part + 1], BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)
-            k = load_rows(k_ptr, offs_n, S, stride_ks, stride_kd, D, BLOCK_D)
-            x = masked_scores(
-                dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
-                bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, part != 1)
+            x = row_scores(
+                q, k_ptr, offs_m, n, start, stop, T, S, offset, stride_ks, stride_kd, bias_ptr, stride_bt, stride_bs,
+                alibi, scale, softcap, D, BLOCK_N, BLOCK_D, part != 1)  # [BLOCK_M, BLOCK_N]
             p = tl.exp2(x - pivot[:, None]) * largest[:, None]
             dprobs = _probs_gradient(dprobs_ptr, offs_m[:, None], offs_n[None, :], T, S, stride_pt, stride_ps)
             # whatever the gradient of a forbidden pair is

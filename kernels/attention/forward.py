@@ -28,9 +28,9 @@ from .._primitives import (
     load_intervals,
     load_rows,
     load_tile,
-    masked_scores,
     normalizer,
     parts,
+    row_scores,
     score_strides,
     slope,
 )
@@ -70,10 +70,9 @@ def _write_probs(
                 if q.dtype == tl.float32:
                     # kept across this loop, q would fill the registers: without tensor cores they hold operands
                     q = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
-                k = load_tile(k_ptr, n, S, stride_ks, stride_kd, D, BLOCK_N, BLOCK_D, part != 2)
-                x = masked_scores(
-                    dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
-                    bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, part != 2)  # [BLOCK_M, BLOCK_N]
+                x = row_scores(
+                    q, k_ptr, offs_m, n, start, stop, T, S, offset, stride_ks, stride_kd,
+                    bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, D, BLOCK_N, BLOCK_D, part != 2)
                 probs = tl.exp2(x - pivot[:, None]) * largest[:, None]
             probs = probs.to(probs_ptr.dtype.element_ty)
             ptrs = probs_ptr + offs_m[:, None].to(tl.int64) * stride_pt + offs_n[None, :]
@@ -120,11 +119,9 @@ def _attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for part in tl.static_range(PARTS):
         for n in range(edges[part], edges[part + 1], BLOCK_N):
-            offs_n = n + tl.arange(0, BLOCK_N)
-            k = load_tile(k_ptr, n, S, stride_ks, stride_kd, D, BLOCK_N, BLOCK_D, part != 1)  # [BLOCK_N, BLOCK_D]
-            x = masked_scores(
-                dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
-                bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, part != 1)  # [BLOCK_M, BLOCK_N]
+            x = row_scores(
+                q, k_ptr, offs_m, n, start, stop, T, S, offset, stride_ks, stride_kd, bias_ptr, stride_bt, stride_bs,
+                alibi, scale, softcap, D, BLOCK_N, BLOCK_D, part != 1)  # [BLOCK_M, BLOCK_N]
             m_new = tl.maximum(m_i, tl.max(x, 1))
             alpha = tl.exp2(m_i - m_new)
             p = tl.exp2(x - m_new[:, None])

@@ -17,11 +17,12 @@ import triton.language as tl
 from .._primitives import (
     Launch,
     architecture,
+    dot,
     head_bias,
     interval_bounds,
     load_intervals,
     load_rows,
-    row_scores,
+    masked_scores,
     score_strides,
     slope,
 )
@@ -104,9 +105,10 @@ def _attention_map_kernel(
             peak = tl.load(max_ptr + place + c, mask=mask, other=0.0)
             for step_n in range(0, tl.cdiv(S, C), WIDTH):
                 offs_n = _members(keys_ptr, c, step_n, S, C, BLOCK_N, WIDTH)
-                x, _ = row_scores(
-                    q, k_ptr, offs_m, offs_n, start, stop, T, S, offset, stride_ks, stride_kd,
-                    bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, D, BLOCK_D, True)
+                k = load_rows(k_ptr, offs_n, S, stride_ks, stride_kd, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+                x = masked_scores(
+                    dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
+                    bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, True)  # [BLOCK_M, BLOCK_N]
                 tile_total, tile_peak = _pool(tl.exp2(x - pivot[:, None]) * largest[:, None], HEIGHT, WIDTH)
                 total += tile_total
                 peak = tl.maximum(peak, tile_peak)

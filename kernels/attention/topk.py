@@ -103,9 +103,9 @@ def _attention_topk_kernel(
     # one loop: beside the look for a better score a mask is nothing
     for n in range(low, high, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
-        x, _ = row_scores(
-            q, k_ptr, offs_m, offs_n, start, stop, T, S, offset, stride_ks, stride_kd,
-            bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, D, BLOCK_D, True)
+        x = row_scores(
+            q, k_ptr, offs_m, n, start, stop, T, S, offset, stride_ks, stride_kd, bias_ptr, stride_bt, stride_bs,
+            alibi, scale, softcap, D, BLOCK_N, BLOCK_D, True)  # [BLOCK_M, BLOCK_N]
         top = tl.max(x, 1)
         m_new = tl.maximum(m_i, top)
         l_i = l_i * tl.exp2(m_i - m_new).to(tl.float64) + tl.sum(tl.exp2(x - m_new[:, None]), 1)

@@ -20,15 +20,13 @@ from .._primitives import (
     LOG2E,
     Launch,
     architecture,
-    dot,
     head_bias,
     key_tiles,
     load_intervals,
     load_rows,
-    load_tile,
-    masked_scores,
     normalizer,
     parts,
+    row_scores,
     score_strides,
     slope,
 )
@@ -111,11 +109,9 @@ def _row_statistics_kernel(
     entropy, sum_sq, below, distance = l_i, l_i, l_i, l_i
     for part in tl.static_range(PARTS):
         for n in range(edges[part], edges[part + 1], BLOCK_N):
-            offs_n = n + tl.arange(0, BLOCK_N)
-            k = load_tile(k_ptr, n, S, stride_ks, stride_kd, D, BLOCK_N, BLOCK_D, part != 1)  # [BLOCK_N, BLOCK_D]
-            x = masked_scores(
-                dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
-                bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, part != 1)  # [BLOCK_M, BLOCK_N]
+            x = row_scores(
+                q, k_ptr, offs_m, n, start, stop, T, S, offset, stride_ks, stride_kd, bias_ptr, stride_bt, stride_bs,
+                alibi, scale, softcap, D, BLOCK_N, BLOCK_D, part != 1)  # [BLOCK_M, BLOCK_N]
             m_new = tl.maximum(m_i, tl.max(x, 1))
             grown = (m_new - m_i).to(tl.float64)
             alpha = tl.exp2(m_i - m_new).to(tl.float64)
