@@ -140,10 +140,10 @@ KERNELS = {
         arguments=_upstream,
     ),
     "dense_rows_fwd": Kernel(
-        "dense", (None,), plain="all", extras=("",), arguments=_wanted(_DENSE_ROWS, ["mass", "below"])
+        "dense.rows", (None,), plain="all", extras=("",), arguments=_wanted(_DENSE_ROWS, ["mass", "below"])
     ),
     "dense_pairs_fwd": Kernel(
-        "dense", (None,), plain="all", extras=("",), scores=2, arguments=_wanted(_DENSE_PAIRS, ["difference_sq"])
+        "dense.pairs", (None,), plain="all", extras=("",), scores=2, arguments=_wanted(_DENSE_PAIRS, ["difference_sq"])
     ),
 }  # fmt: skip
 

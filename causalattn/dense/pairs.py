@@ -20,7 +20,7 @@ def dense_pairs(A: Tensor, want: str, backend: str) -> tuple[Tensor, Tensor]:
     Returns all but net_flow [wanted, B, H], and net_flow [B, H, T], with no tokens where it is not wanted.
     """
     if use_triton(backend, A):
-        from ..kernels.dense import dense_pairs_fwd
+        from ..kernels.dense.pairs import dense_pairs_fwd
 
         return dense_pairs_fwd(A, want.split())
     return _dense_pairs_torch(A, want.split())

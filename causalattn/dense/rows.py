@@ -19,7 +19,7 @@ def dense_rows(A: Tensor, offset: int, want: str, backend: str) -> tuple[Tensor,
     it is not wanted.
     """
     if use_triton(backend, A):
-        from ..kernels.dense import dense_rows_fwd
+        from ..kernels.dense.rows import dense_rows_fwd
 
         return dense_rows_fwd(A, offset, want.split())
     return _dense_rows_torch(A, offset, want.split())
