@@ -1,5 +1,6 @@
 """What two or more kernels share: tile loads, masked base-2 scores, the online softmax, and who launches how."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ FLOOR = tl.constexpr(-1e30)
 FORBIDDEN = tl.constexpr(-2e30)
 # the interpreter multiplies bfloat16 tiles as if their bits were integers, so there they are widened first
 WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# float32 entries of dS, 256 MiB, that a gradient of bias is summed from
+WORKSPACE = 2**26
 
 
 class Launch(NamedTuple):
@@ -46,6 +49,26 @@ def score_strides(q, k, start, bias, slopes) -> tuple[int, ...]:
         *((0, 0, 0, 0) if bias is None else bias.expand(B, H, T, k.shape[2]).stride()),
         *((0, 0) if slopes is None else slopes.expand(B, H).stride()),
     )
+
+
+def by_rows(
+    q: torch.Tensor, S: int, dbias: torch.Tensor | None, run: Callable[[int, int, torch.Tensor | None], None]
+) -> None:
+    """Call run(first, last, ds) for q's rows first … last − 1: all at once or, with dbias, as many as fit WORKSPACE.
+
+    What run writes to ds [B, H, last − first, S], zeros before, is summed into dbias.
+    """
+    B, H, T, _ = q.shape
+    step = T if dbias is None else max(1, WORKSPACE // max(1, B * H * S))
+    for first in range(0, T, max(1, step)):
+        last = min(first + step, T)
+        if dbias is None:
+            run(first, last, None)
+        else:
+            ds = torch.zeros(B, H, last - first, S, dtype=torch.float32, device=q.device)
+            run(first, last, ds)
+            rows = dbias if dbias.shape[2] == 1 else dbias[:, :, first:last]
+            rows += ds.sum_to_size(rows.shape)
 
 
 @triton.jit

@@ -130,9 +130,9 @@ def test_more_than_one_tile_of_the_torch_path(backend):
 @pytest.mark.parametrize("backend", PATHS)
 def test_a_bias_gradient_comes_in_slices_of_bounded_size(backend, monkeypatch):
     if backend == "triton":
-        from causalattn.kernels.attention import backward as kernels
+        from causalattn.kernels import _primitives
 
-        monkeypatch.setattr(kernels, "WORKSPACE", 2 * 2 * 40 * 16)
+        monkeypatch.setattr(_primitives, "WORKSPACE", 2 * 2 * 40 * 16)
     q, k, v = make_qkv(2, 2, 1, 37, 40, 16)
     for shape in ((1, 2, 37, 40), (2, 1, 1, 40)):
         check(backend, q, k, v, causal(), bias=torch.randn(*shape, device=DEVICE))

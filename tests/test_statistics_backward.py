@@ -218,9 +218,9 @@ def test_a_symmetric_map_has_gradient_zero(backend):
 @pytest.mark.parametrize("backend", PATHS)
 def test_a_bias_gradient_that_takes_several_workspaces(backend, monkeypatch):
     if backend == "triton":
-        from causalattn.kernels.statistics import backward
+        from causalattn.kernels import _primitives
 
-        monkeypatch.setattr(backward, "WORKSPACE", 20 * 33 * 2)
+        monkeypatch.setattr(_primitives, "WORKSPACE", 20 * 33 * 2)
     q, k, _ = make_qkv(1, 2, 1, 33, 33, 16)
     for axes in ((0, 1, 1, 1), (0, 0, 0, 1)):
         check(backend, q, k, ca.causal(), (*ROWS, "l1"), **make_extras((1, 2, 1, 33, 33), 0, axes))

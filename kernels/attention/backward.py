@@ -20,6 +20,7 @@ from .._primitives import (
     Launch,
     architecture,
     block_bounds,
+    by_rows,
     dot,
     head_bias,
     key_tiles,
@@ -34,8 +35,6 @@ from .._primitives import (
     slope,
     uncapped_gradient,
 )
-
-WORKSPACE = 2**26  # float32 entries of dS, 256 MiB, that a gradient of bias is summed from
 
 
 def launch_dq(D: int, itemsize: int, arch: int) -> Launch:
@@ -88,7 +87,7 @@ def _probs_delta(
     return delta
 
 
-@triton.jit(do_not_specialize=["T", "S", "offset", "scale", "softcap"])
+@triton.jit(do_not_specialize=["first", "last", "T", "S", "offset", "scale", "softcap"])
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, bias_ptr, slopes_ptr, pivot_ptr, largest_ptr,
     out_ptr, dout_ptr, dlse_ptr, dprobs_ptr, delta_ptr, dq_ptr, ds_ptr,
@@ -99,24 +98,24 @@ def _attention_bwd_dq_kernel(
     stride_lb, stride_lh,
     stride_vb, stride_vh, stride_vs, stride_vd,
     stride_pb, stride_ph, stride_pt, stride_ps,
-    H, GROUP, T, S, offset, scale, softcap,
+    first, last, H, GROUP, T, S, offset, scale, softcap,
     D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):
-    blocks = tl.cdiv(T, BLOCK_M)
+    blocks = tl.cdiv(last - first, BLOCK_M)
     # under a causal mask the last rows are the longest: they start first
     pid_m = blocks - 1 - tl.program_id(0) % blocks
     pid_bh = (tl.program_id(0) // blocks).to(tl.int64)
     pid_b, pid_h = pid_bh // H, pid_bh % H
 
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < T
+    offs_m = first + pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < last
     rows = pid_bh * T + offs_m
-    start, stop = load_intervals(start_ptr + pid_b * stride_ib, stop_ptr + pid_b * stride_ib, offs_m, T)
+    start, stop = load_intervals(start_ptr + pid_b * stride_ib, stop_ptr + pid_b * stride_ib, offs_m, last)
     edges = key_tiles(start, stop, mask_m, BLOCK_N, PARTS)
     pivot = tl.load(pivot_ptr + rows, mask=mask_m, other=0.0)
     largest = tl.load(largest_ptr + rows, mask=mask_m, other=0.0)
-    q = load_rows(q_ptr + pid_b * stride_qb + pid_h * stride_qh, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
+    q = load_rows(q_ptr + pid_b * stride_qb + pid_h * stride_qh, offs_m, last, stride_qt, stride_qd, D, BLOCK_D)
     k_ptr += pid_b * stride_kb + pid_h // GROUP * stride_kh
     bias_ptr = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
     alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
@@ -124,8 +123,8 @@ def _attention_bwd_dq_kernel(
     delta = -tl.load(dlse_ptr + rows, mask=mask_m, other=0.0)
     if v_ptr is not None:
         v_ptr += pid_b * stride_vb + pid_h // GROUP * stride_vh
-        dout = load_rows(dout_ptr + pid_bh * T * V, offs_m, T, V, 1, V, BLOCK_V)
-        out = load_rows(out_ptr + pid_bh * T * V, offs_m, T, V, 1, V, BLOCK_V)
+        dout = load_rows(dout_ptr + pid_bh * T * V, offs_m, last, V, 1, V, BLOCK_V)
+        out = load_rows(out_ptr + pid_bh * T * V, offs_m, last, V, 1, V, BLOCK_V)
         delta += tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     if dprobs_ptr is not None:
         dprobs_ptr += pid_b * stride_pb + pid_h * stride_ph
@@ -156,7 +155,7 @@ def _attention_bwd_dq_kernel(
                 # whatever the gradients of padding are
                 ds = tl.where(p == 0, 0.0, ds)
             if ds_ptr is not None:
-                ptrs = ds_ptr + rows[:, None] * S + offs_n[None, :]
+                ptrs = ds_ptr + (pid_bh * (last - first) + offs_m - first)[:, None] * S + offs_n[None, :]
                 tl.store(ptrs, ds, mask=mask_m[:, None] & (offs_n[None, :] < S))
             ds = uncapped_gradient(ds, dots, scale, softcap)
             dq += dot(ds.to(k.dtype), k)
@@ -262,32 +261,17 @@ def attention_bwd(
     bias_grad: bool,
 ) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv, dbias (float32, in bias's shape) and δ; dv and dbias are empty where there is none."""
-    T, S = q.shape[2], k.shape[2]
     dbias = torch.zeros(bias.shape if bias_grad else 0, dtype=torch.float32, device=q.device)
-    step = max(1, min(T, WORKSPACE // max(1, q.shape[0] * q.shape[1] * S) if bias_grad else T))
-    slices = []
-    for m in range(0, max(1, T), step):
-
-        def rows(x, m=m):
-            return x if x is None or x.shape[2] == 1 < T else x[:, :, m : m + step]
-
-        ds = None
-        if bias_grad:
-            ds = torch.zeros(*q.shape[:2], min(step, T - m), S, dtype=torch.float32, device=q.device)
-        slices.append(_dq(
-            rows(q), k, v, start[:, m : m + step], stop[:, m : m + step], offset + m, rows(bias), slopes,
-            scale, softcap, rows(pivot), rows(largest), rows(out) if v is not None else None, rows(dout),
-            rows(dlse), rows(dprobs), ds,
-        ))
-        if bias_grad:
-            rows(dbias).add_(ds.sum_to_size(rows(dbias).shape))
-    dq, delta = (torch.cat(x, 2) if len(slices) > 1 else x[0] for x in zip(*slices, strict=True))
+    dq, delta = _dq(
+        q, k, v, start, stop, offset, bias, slopes, scale, softcap, pivot, largest, out, dout, dlse, dprobs,
+        dbias if bias_grad else None,
+    )
     dk, dv = _dkv(q, k, v, start, stop, offset, bias, slopes, scale, softcap, pivot, largest, dout, dprobs, delta)
     return dq, dk, dv, dbias, delta
 
 
 def _dq(
-    q, k, v, start, stop, offset, bias, slopes, scale, softcap, pivot, largest, out, dout, dlse, dprobs, ds
+    q, k, v, start, stop, offset, bias, slopes, scale, softcap, pivot, largest, out, dout, dlse, dprobs, dbias
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, H, T, D = q.shape
     S, V = k.shape[2], D if v is None else v.shape[3]
@@ -296,14 +280,20 @@ def _dq(
     if delta.numel() == 0:
         return dq, delta
     tiles = launch_dq(max(D, V), q.element_size(), architecture(q))
-    contiguous = (None if x is None else x.contiguous() for x in (pivot, largest, out, dout, dlse))
-    _attention_bwd_dq_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
-        q, k, v, start, stop, bias, slopes, *contiguous, dprobs, delta, dq, ds,
-        *score_strides(q, k, start, bias, slopes), *_strides(v), *_strides(dprobs),
-        H, H // k.shape[1], T, S, offset, scale, softcap or None,
-        D=D, V=V, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_V=max(16, triton.next_power_of_2(V)),
-        PARTS=parts(q), **tiles._asdict(), enable_fp_fusion=True,
-    )
+    contiguous = [
+        None if x is None else x.contiguous() for x in (pivot, largest, None if v is None else out, dout, dlse)
+    ]
+
+    def run(first, last, ds):
+        _attention_bwd_dq_kernel[(triton.cdiv(last - first, tiles.BLOCK_M) * B * H,)](
+            q, k, v, start, stop, bias, slopes, *contiguous, dprobs, delta, dq, ds,
+            *score_strides(q, k, start, bias, slopes), *_strides(v), *_strides(dprobs),
+            first, last, H, H // k.shape[1], T, S, offset, scale, softcap or None,
+            D=D, V=V, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_V=max(16, triton.next_power_of_2(V)),
+            PARTS=parts(q), **tiles._asdict(), enable_fp_fusion=True,
+        )
+
+    by_rows(q, S, dbias, run)
     return dq, delta
 
 

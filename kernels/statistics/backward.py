@@ -25,6 +25,7 @@ from .._primitives import (
     Launch,
     architecture,
     block_bounds,
+    by_rows,
     dot,
     head_bias,
     key_tiles,
@@ -47,8 +48,6 @@ from ._gradient import (
     probs_and_exponents,
     shifted,
 )
-
-WORKSPACE = 2**26  # float32 entries of dS, 256 MiB, that a gradient of bias is summed from
 
 
 def launch_dq(D: int, itemsize: int, arch: int, pairs: bool, lean: bool) -> Launch:
@@ -268,22 +267,15 @@ def statistics_bwd(
 
     kind = D, q.element_size(), architecture(q), up.pairs is not None, bias is None and slopes is None and softcap == 0
     tiles = launch_dq(*kind)
-    step = max(1, min(T, WORKSPACE // (B * H * S))) if bias_gradient else T
 
-    def by_rows(first, last, dq, ds):
+    def run(first, last, dq, ds):
         _statistics_bwd_dq_kernel[(triton.cdiv(last - first, tiles.BLOCK_M) * B * H,)](
             q, k, start, stop, bias, slopes, *factors, up, delta, dq, ds,
             *strides, *of_up, first, last, *head, **constants, **tiles._asdict(),
         )
 
-    by_rows(0, T, None, None)
-    for first in range(0, T, step):
-        last = min(first + step, T)
-        ds = torch.zeros(B, H, last - first, S, dtype=torch.float32, device=q.device) if bias_gradient else None
-        by_rows(first, last, dq, ds)
-        if bias_gradient:
-            rows = dbias if bias.shape[2] == 1 else dbias[:, :, first:last]
-            rows += ds.sum_to_size(rows.shape)
+    run(0, T, None, None)
+    by_rows(q, S, dbias, lambda first, last, ds: run(first, last, dq, ds))
 
     tiles = launch_dk(*kind)
     bounds = block_bounds(start, stop, tiles.BLOCK_M)
