@@ -82,10 +82,11 @@ def _resolve_rows(rows: Tensor | Sequence[int], q: Tensor) -> Tensor:
         raise ValueError(f"rows must have shape [R], got {list(chosen.shape)}")
     if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
         raise TypeError(f"rows must be integers, got {str(chosen.dtype).removeprefix('torch.')}")
-    readable = not isinstance(rows, Tensor) or not (rows.is_cuda or torch.compiler.is_compiling())
-    wrong = (
-        [i for i in (rows if isinstance(rows, Sequence) else chosen.tolist()) if not -T <= i < T] if readable else []
-    )
+    if isinstance(rows, Tensor):
+        values = [] if rows.is_cuda or torch.compiler.is_compiling() else rows.tolist()
+    else:
+        values = rows
+    wrong = [i for i in values if not -T <= i < T]
     if wrong or (T == 0 and chosen.numel()):
         raise ValueError(f"rows must lie in {-T}…{T - 1}, got {wrong[0] if wrong else 'some of an empty q'}")
     chosen = chosen.to(q.device, torch.int64)

@@ -81,24 +81,7 @@ def attention_stats(
         q, k, intervals, bias=bias, alibi_slopes=alibi_slopes, scale=scale, softcap=softcap, sink=sink
     )
 
-    rows = _rows(q, k, logits, want, backend)
-    stats = {name: value for name, value in rows.items() if name in want}
-    # the gradient of each later pass goes through the normaliser by itself
-    factors = (rows.get("pivot"), rows.get("max"))
-    if want & {"diag", "columns"}:
-        picked = torch.cat([diagonal(intervals)] * ("diag" in want) + [chosen] * ("columns" in want), -1)
-        probs = chosen_probs(q, k, *logits, *factors, picked, backend)
-        if "diag" in want:
-            stats["diag"], probs = probs[..., 0], probs[..., 1:]
-        if "columns" in want:
-            stats["columns"] = probs
-    if want & {"received", "received_mean", "net_flow", "asymmetry"}:
-        stats |= column_statistics(received_pass(q, k, *logits, *factors, backend), rows["mass"], intervals)
-    if "dag_score" in want:
-        stats["dag_score"] = share(rows["below"], rows["mass"])
-    if "asymmetry" in want:
-        pairs = pair_statistics(q, k, *logits, *factors, backend)
-        stats["asymmetry"] = asymmetry_of(*pairs.unbind(), rows["sum_sq"], stats["net_flow"])
+    stats = _measure(q, k, logits, intervals, chosen, want, backend)
     return AttentionStats(**{name: value for name, value in stats.items() if name in want})
 
 
@@ -209,6 +192,31 @@ def score_asymmetry(q: Tensor, k: Tensor) -> Tensor:
             inner = (cross * cross.T).sum()
             result[b, h] = torch.sqrt((norm - inner).clamp(min=0) / (norm + inner))
     return result
+
+
+def _measure(
+    q: Tensor, k: Tensor, logits: Logits, intervals: Intervals, chosen: Tensor, want: set[str], backend: Backend
+) -> dict:
+    """The statistics that want names, and some that they are made of: one pass for rows, then those that need it."""
+    rows = _rows(q, k, logits, want, backend)
+    stats = {name: value for name, value in rows.items() if name in want}
+    # the gradient of each later pass goes through the normaliser by itself
+    factors = (rows.get("pivot"), rows.get("max"))
+    if want & {"diag", "columns"}:
+        picked = torch.cat([diagonal(intervals)] * ("diag" in want) + [chosen] * ("columns" in want), -1)
+        probs = chosen_probs(q, k, *logits, *factors, picked, backend)
+        if "diag" in want:
+            stats["diag"], probs = probs[..., 0], probs[..., 1:]
+        if "columns" in want:
+            stats["columns"] = probs
+    if want & {"received", "received_mean", "net_flow", "asymmetry"}:
+        stats |= column_statistics(received_pass(q, k, *logits, *factors, backend), rows["mass"], intervals)
+    if "dag_score" in want:
+        stats["dag_score"] = share(rows["below"], rows["mass"])
+    if "asymmetry" in want:
+        pairs = pair_statistics(q, k, *logits, *factors, backend)
+        stats["asymmetry"] = asymmetry_of(*pairs.unbind(), rows["sum_sq"], stats["net_flow"])
+    return stats
 
 
 def _rows(q: Tensor, k: Tensor, logits: Logits, want: set[str], backend: Backend) -> dict[str, Tensor]:
