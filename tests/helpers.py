@@ -34,6 +34,44 @@ def shapes(draw, square=False):
     return Shape(draw(st.integers(1, 3)), H, H_kv, T, T if square else draw(LENGTHS), draw(HEAD_DIMS))
 
 
+class Extras(NamedTuple):
+    """What may be added to scores; of bias, which of its axes are not 1, and of slopes, whether there are B rows."""
+
+    bias: tuple[int, int, int, int] | None
+    softcap: float | None
+    sink: float | None
+    slopes: bool | None
+
+
+EXTRAS = st.builds(
+    Extras,
+    st.sampled_from([None, (0, 0, 1, 1), (1, 0, 1, 1), (0, 1, 1, 1), (1, 0, 0, 1), (0, 1, 1, 0)]),
+    st.sampled_from([None, 0.7, 30.0]),
+    st.sampled_from([None, -3.0, 40.0]),
+    st.sampled_from([None, False, True]),
+)
+
+
+def make_options(extras, shape, seed):
+    """Options by name, with a whole row and every third key forbidden by the bias."""
+    generator = torch.Generator().manual_seed(seed)
+    options = {"scale": 0.3}
+    if extras.bias is not None:
+        axes = [n if keep else 1 for n, keep in zip((shape.B, shape.H, shape.T, shape.S), extras.bias, strict=True)]
+        options["bias"] = torch.randn(axes, generator=generator).to(DEVICE)
+        if extras.bias[2]:
+            options["bias"][..., 0, :] = -torch.inf
+        options["bias"][..., 1::3] = -torch.inf
+    if extras.softcap is not None:
+        options["softcap"] = extras.softcap
+    if extras.sink is not None:
+        options["sink"] = torch.full((shape.H,), extras.sink, device=DEVICE)
+    if extras.slopes is not None:
+        rows = (shape.B,) if extras.slopes else ()
+        options["alibi_slopes"] = torch.rand(*rows, shape.H, generator=generator).to(DEVICE)
+    return options
+
+
 def make_qkv(B, H, H_kv, T, S, D, V=None, dtype=torch.float32, seed=0, *, scale=1.0, strided=True):
     """q [B, H, T, D], k [B, H_kv, S, D], v [B, H_kv, S, V] on DEVICE; strided ones share no layout."""
     generator = torch.Generator().manual_seed(seed)

@@ -8,12 +8,14 @@ import torch
 from helpers import (
     DEVICE,
     DTYPES,
+    EXTRAS,
     MASKS,
     PATHS,
     SEEDS,
     SQUARE_MASKS,
     assert_within_reference_error,
     make_mask,
+    make_options,
     make_qkv,
     plain_attention,
     score_roundings,
@@ -58,26 +60,10 @@ def test_matches_float64_where_packed(backend, shape, name, seed):
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@given(
-    shape=shapes(),
-    bias=st.sampled_from([None, (1, 1), (-1, 1), (1, -1)]),
-    softcap=st.sampled_from([None, 0.7, 30.0]),
-    sink=st.sampled_from([None, -3.0, 40.0]),
-    slopes=st.sampled_from([None, (), ("B",)]),
-    seed=SEEDS,
-)
-def test_bias_slopes_softcap_and_sink(backend, shape, bias, softcap, sink, slopes, seed):
+@given(shape=shapes(), extras=EXTRAS, seed=SEEDS)
+def test_bias_slopes_softcap_and_sink(backend, shape, extras, seed):
     q, k, v = make_qkv(*shape, seed=seed, scale=2.0)
-    generator = torch.Generator().manual_seed(seed)
-    if bias is not None:
-        B, H = (n if keep < 0 else 1 for n, keep in zip(shape[:2], bias, strict=True))
-        bias = torch.randn(B, H, shape.T, shape.S, generator=generator).to(DEVICE)
-        bias[..., 0, :] = -torch.inf
-    sink = None if sink is None else torch.full((shape.H,), sink, device=DEVICE)
-    if slopes is not None:
-        slopes = torch.rand(*(shape.B for _ in slopes), shape.H, generator=generator).to(DEVICE)
-    options = {"bias": bias, "alibi_slopes": slopes, "softcap": softcap, "sink": sink, "scale": 0.3}
-    check(backend, q, k, v, causal(), **{name: x for name, x in options.items() if x is not None})
+    check(backend, q, k, v, causal(), **make_options(extras, shape, seed))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, 3])

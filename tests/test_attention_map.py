@@ -9,12 +9,14 @@ import torch
 from helpers import (
     DEVICE,
     DTYPES,
+    EXTRAS,
     MASKS,
     PATHS,
     SEEDS,
     SQUARE_MASKS,
     assert_within_reference_error,
     make_mask,
+    make_options,
     make_qkv,
     plain_attention,
     score_roundings,
@@ -43,14 +45,15 @@ def check(backend, q, k, cells, mask, window=(0.25, 0.75), **options):
     result = attention_map(q, k, cells, mask=mask, backend=backend, **options)
     wide_q, wide_k = (y.to(result.mean.dtype) for y in (q, k))
     plain = plain_attention(wide_q, wide_k, wide_k, seen, **options)[2]
-    roundings = score_roundings(q, k, options.get("scale"))
+    # the pass over rows and the one over cells each round q·k
+    roundings = 2 * score_roundings(q, k, options.get("scale"))
     for got, rival, target in zip(result[:2], reference(to_numpy(plain), cells), reference(exact, cells), strict=True):
         assert got.dtype == torch.promote_types(q.dtype, torch.float32)
         assert_within_reference_error(got, rival, target, axis=None, roundings=roundings)
     q0, q1, k0, k1 = (int(x * n) for n in (T, S) for x in window)
     part = result.window(q0, q1, k0, k1)
     rival, target = plain[:, :, q0:q1, k0:k1], exact[:, :, q0:q1, k0:k1]
-    assert_within_reference_error(part, rival, target, axis=None, roundings=2 * roundings)
+    assert_within_reference_error(part, rival, target, axis=None, roundings=roundings)
 
 
 @pytest.mark.parametrize("backend", PATHS)
@@ -69,28 +72,10 @@ def test_matches_float64_where_packed(backend, shape, name, cells, seed):
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@given(
-    shape=shapes(),
-    cells=CELLS,
-    bias=st.sampled_from([None, (1, 1, -1, -1), (-1, 1, 1, -1), (1, -1, -1, 1)]),
-    softcap=st.sampled_from([None, 0.7, 30.0]),
-    sink=st.sampled_from([None, -3.0, 40.0]),
-    slopes=st.sampled_from([None, (), ("B",)]),
-    seed=SEEDS,
-)
-def test_bias_slopes_softcap_and_sink(backend, shape, cells, bias, softcap, sink, slopes, seed):
+@given(shape=shapes(), cells=CELLS, extras=EXTRAS, seed=SEEDS)
+def test_bias_slopes_softcap_and_sink(backend, shape, cells, extras, seed):
     q, k, _ = make_qkv(*shape, seed=seed, scale=2.0)
-    generator = torch.Generator().manual_seed(seed)
-    if bias is not None:
-        whole = (shape.B, shape.H, shape.T, shape.S)
-        axes = [n if keep < 0 else 1 for n, keep in zip(whole, bias, strict=True)]
-        bias = torch.randn(*axes, generator=generator).to(DEVICE)
-        bias[..., :1, :1] = -torch.inf
-    sink = None if sink is None else torch.full((shape.H,), sink, device=DEVICE)
-    if slopes is not None:
-        slopes = torch.rand(*(shape.B for _ in slopes), shape.H, generator=generator).to(DEVICE)
-    options = {"bias": bias, "alibi_slopes": slopes, "softcap": softcap, "sink": sink, "scale": 0.3}
-    check(backend, q, k, cells, causal(), **{name: x for name, x in options.items() if x is not None})
+    check(backend, q, k, cells, causal(), **make_options(extras, shape, seed))
 
 
 def test_float64_goes_through_the_torch_path():

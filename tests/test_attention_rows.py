@@ -6,12 +6,14 @@ import torch
 from helpers import (
     DEVICE,
     DTYPES,
+    EXTRAS,
     MASKS,
     PATHS,
     SEEDS,
     SQUARE_MASKS,
     assert_within_reference_error,
     make_mask,
+    make_options,
     make_qkv,
     plain_attention,
     score_roundings,
@@ -41,7 +43,8 @@ def check(backend, q, k, rows, mask, **options):
     plain = plain_attention(q, k, k, seen, **options)[2][:, :, rows]
     expected = reference(to_numpy(q), to_numpy(k), rows, to_numpy(seen), **arrays)
     assert result.dtype == q.dtype
-    assert_within_reference_error(result, plain, expected, axis=None)
+    roundings = score_roundings(q, k, options.get("scale"))
+    assert_within_reference_error(result, plain, expected, axis=None, roundings=roundings)
     return result
 
 
@@ -61,29 +64,10 @@ def test_matches_float64_where_packed(backend, shape, name, rows, seed):
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@given(
-    shape=shapes(),
-    rows=CHOICES,
-    bias=st.sampled_from([None, (1, 1, -1, -1), (-1, 1, 1, -1), (1, -1, -1, 1)]),
-    softcap=st.sampled_from([None, 0.7, 30.0]),
-    sink=st.sampled_from([None, -3.0, 40.0]),
-    slopes=st.sampled_from([None, (), ("B",)]),
-    seed=SEEDS,
-)
-def test_bias_slopes_softcap_and_sink(backend, shape, rows, bias, softcap, sink, slopes, seed):
+@given(shape=shapes(), rows=CHOICES, extras=EXTRAS, seed=SEEDS)
+def test_bias_slopes_softcap_and_sink(backend, shape, rows, extras, seed):
     q, k, _ = make_qkv(*shape, seed=seed, scale=2.0)
-    generator = torch.Generator().manual_seed(seed)
-    if bias is not None:
-        whole = (shape.B, shape.H, shape.T, shape.S)
-        axes = [n if keep < 0 else 1 for n, keep in zip(whole, bias, strict=True)]
-        bias = torch.randn(*axes, generator=generator).to(DEVICE)
-        bias[..., :1] = -torch.inf
-    sink = None if sink is None else torch.full((shape.H,), sink, device=DEVICE)
-    if slopes is not None:
-        slopes = torch.rand(*(shape.B for _ in slopes), shape.H, generator=generator).to(DEVICE)
-    options = {"bias": bias, "alibi_slopes": slopes, "softcap": softcap, "sink": sink, "scale": 0.3}
-    given_options = {name: x for name, x in options.items() if x is not None}
-    check(backend, q, k, inside(rows, shape.T), causal(), **given_options)
+    check(backend, q, k, inside(rows, shape.T), causal(), **make_options(extras, shape, seed))
 
 
 def test_float64_goes_through_the_torch_path():

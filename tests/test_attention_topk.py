@@ -9,12 +9,14 @@ import torch
 from helpers import (
     DEVICE,
     DTYPES,
+    EXTRAS,
     MASKS,
     PATHS,
     SEEDS,
     SQUARE_MASKS,
     assert_within_reference_error,
     make_mask,
+    make_options,
     make_qkv,
     plain_attention,
     score_roundings,
@@ -77,27 +79,10 @@ def test_matches_float64_where_packed(backend, shape, name, n, seed):
 
 
 @pytest.mark.parametrize("backend", PATHS)
-@given(
-    shape=shapes(),
-    n=COUNTS,
-    bias=st.sampled_from([None, (1, 1), (-1, 1), (1, -1)]),
-    softcap=st.sampled_from([None, 0.7, 30.0]),
-    sink=st.sampled_from([None, -3.0, 40.0]),
-    slopes=st.sampled_from([None, (), ("B",)]),
-    seed=SEEDS,
-)
-def test_bias_slopes_softcap_and_sink(backend, shape, n, bias, softcap, sink, slopes, seed):
+@given(shape=shapes(), n=COUNTS, extras=EXTRAS, seed=SEEDS)
+def test_bias_slopes_softcap_and_sink(backend, shape, n, extras, seed):
     q, k, _ = make_qkv(*shape, seed=seed, scale=2.0)
-    generator = torch.Generator().manual_seed(seed)
-    if bias is not None:
-        B, H = (count if keep < 0 else 1 for count, keep in zip(shape[:2], bias, strict=True))
-        bias = torch.randn(B, H, shape.T, shape.S, generator=generator).to(DEVICE)
-        bias[..., 0, :], bias[..., 1::3] = -torch.inf, -torch.inf
-    sink = None if sink is None else torch.full((shape.H,), sink, device=DEVICE)
-    if slopes is not None:
-        slopes = torch.rand(*(shape.B for _ in slopes), shape.H, generator=generator).to(DEVICE)
-    options = {"bias": bias, "alibi_slopes": slopes, "softcap": softcap, "sink": sink, "scale": 0.3}
-    check(backend, q, k, n, causal(), **{name: x for name, x in options.items() if x is not None})
+    check(backend, q, k, n, causal(), **make_options(extras, shape, seed))
 
 
 def integers(T, S, low=-2, high=3, dtype=torch.float32, seed=0):
