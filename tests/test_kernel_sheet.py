@@ -41,7 +41,9 @@ def check(rows):
         assert row["occupancy"] >= 1, name
         if row["function"] not in WITHOUT_PRODUCTS and "bfloat16" in row["config"]:
             assert row["mma"] > 0, name
-            assert row["wgmma"] > 0 or row["arch"] != "sm_90", name
+            # its tiles of 32 rows are too low for wgmma: instructions, not products, bound it
+            low = "D=256" in name and {"softcap", "probs"} <= {*row["config"].split()}
+            assert row["wgmma"] > 0 or row["arch"] != "sm_90" or low, name
         # float32 is bound by its products; at D = 256 a tile 16 keys wide leaves a thread 64 bits of a row
         if row["function"] == "_attention_fwd_kernel" and {"probs", "bfloat16"} <= {*row["config"].split()}:
             bits = 64 if "D=256" in name else 128

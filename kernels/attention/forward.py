@@ -46,6 +46,9 @@ def launch(D: int, itemsize: int, arch: int, shaped: bool, probs: bool) -> Launc
         return Launch(32, 16, 8, 2) if shaped and D > 64 else Launch(32, 16, 4, 1)
     lean = not shaped and not probs
     if D > 128:
+        if shaped and probs:
+            # 64 rows, which wgmma needs, spill; beside 140 instructions a score its products are little
+            return Launch(32, 32, 8, 1)
         return Launch(64, 32 if lean and arch in (90, 100) else 16, 8, 1)
     if arch in (90, 100):
         return Launch(128, 64 if lean else 32, 8, 2)
