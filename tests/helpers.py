@@ -195,16 +195,17 @@ def score_roundings(q, k, scale=None):
     return 2 + norms.item() * (q.shape[-1] ** -0.5 if scale is None else abs(scale))
 
 
-def assert_within_reference_error(result, plain, expected, *, axis=-1, roundings=1.0):
+def assert_within_reference_error(result, plain, expected, *, axis=-1, roundings=1.0, terms=1.0):
     """error ≤ 2 × the error of plain torch + one rounding of the largest value, both relative to it along axis.
 
     result and plain are tensors or arrays of one shape, expected is float64 of that shape; infinities must be where
     expected has them. axis=None measures against the largest value of all; roundings widens the band, as
-    score_roundings says: those beyond the first are of the accumulation dtype.
+    score_roundings says: those beyond the first are of the accumulation dtype. terms: of what is a sum of rounded
+    products, how many times the largest value the largest sum of their absolute values is.
     """
     dtype = result.dtype if isinstance(result, torch.Tensor) else torch.float64
     accumulated = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    eps = torch.finfo(dtype).eps + (roundings - 1) * accumulated
+    eps = torch.finfo(dtype).eps * max(1.0, terms) + (roundings - 1) * accumulated
     result, plain = (to_numpy(x) if isinstance(x, torch.Tensor) else np.asarray(x, float) for x in (result, plain))
     expected = np.asarray(expected, dtype=np.float64)
     assert result.shape == plain.shape == expected.shape, (result.shape, plain.shape, expected.shape)

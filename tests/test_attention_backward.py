@@ -46,6 +46,20 @@ def longest(x):
     return x.float().norm(dim=-1).max().item()
 
 
+def absolute_terms(q, k, v, upstream, filled, scale, compute):
+    """The largest Σ|dS||k|, Σ|dS||q| and Σ A|dout|, of which dq, dk and dv are the signed sums."""
+    q, k, v = (x.detach().double() for x in (q, k, v))
+    zero = q.new_zeros(*q.shape[:3], k.shape[2], requires_grad=True)
+    results = compute(q, k, v, zero)
+    dS = gradients(results, upstream, [zero], filled)[0].abs()
+    A = results[2].detach() * filled[..., None]
+    group = q.shape[1] // k.shape[1]
+    of_q = dS @ k.abs().repeat_interleave(group, 1) * abs(scale)
+    of_k = (dS.mT @ q.abs()).unflatten(1, (-1, group)).sum(2) * abs(scale)
+    of_v = (A.mT @ upstream[0].double().abs()).unflatten(1, (-1, group)).sum(2)
+    return [x.max().item() for x in (of_q, of_k, of_v)]
+
+
 def check(backend, q, k, v, mask, seed=0, bias=None, sink=None, slopes=None, **logits):
     """Every gradient within twice that of eager torch's autograd, both against float64."""
     B, H, T, _ = q.shape
@@ -72,10 +86,17 @@ def check(backend, q, k, v, mask, seed=0, bias=None, sink=None, slopes=None, **l
     probs = attention(q, k, v, mask=mask, return_probs=True, bias=bias, sink=sink, alibi_slopes=slopes, **logits).probs
     meets = [scale * longest(k), scale * longest(q), 0.0, *(1.0 for _ in tensors[3:])]
     of_dp = longest(upstream[0]) * longest(v) * probs.max().item()
-    for got, rival, exact, met in zip(run(None, ours), run(None, plain), run(torch.float64, plain), meets, strict=True):
-        largest = exact.abs().max().item()
-        roundings = score_roundings(q, k, scale) + (of_dp * met / largest if largest > 0 else 0)
-        assert_within_reference_error(got, rival, to_numpy(exact), axis=None, roundings=roundings)
+
+    def biased(q, k, v, zero):
+        return plain(q, k, v, bias=zero if bias is None else zero + bias, **({} if sink is None else {"sink": sink}))
+
+    terms = absolute_terms(q, k, v, upstream, filled, scale, biased) + [0.0 for _ in tensors[3:]]
+    results = (run(None, ours), run(None, plain), run(torch.float64, plain))
+    for got, rival, exact, met, sums in zip(*results, meets, terms, strict=True):
+        largest = exact.abs().max().item() or 1.0
+        roundings = score_roundings(q, k, scale) + of_dp * met / largest
+        exact = to_numpy(exact)
+        assert_within_reference_error(got, rival, exact, axis=None, roundings=roundings, terms=sums / largest)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "padded_left", "prefix"])

@@ -37,14 +37,15 @@ from .._primitives import (
 )
 
 
-def launch_dq(D: int, itemsize: int, arch: int) -> Launch:
+def launch_dq(D: int, itemsize: int, arch: int, lean: bool) -> Launch:
     """Tiles of the pass over keys, by the larger of D and V and by dtype; arch is `architecture`'s."""
     if arch == 0:
         return Launch(32, 32, 4, 1)
     if itemsize == 4:
         return Launch(16, 16, 4, 2)
     if arch in (90, 100):
-        return Launch(128, 32, 8, 2) if D <= 64 else Launch(64, 32, 8, 2)
+        # a second stage costs registers that bias, slopes, softcap and probabilities take
+        return Launch(128, 32, 8, 2 if lean else 1) if D <= 64 else Launch(64, 32, 8, 2)
     return Launch(32, 32, 4 if D <= 64 else 8, 2)
 
 
@@ -279,7 +280,8 @@ def _dq(
     delta = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     if delta.numel() == 0:
         return dq, delta
-    tiles = launch_dq(max(D, V), q.element_size(), architecture(q))
+    lean = bias is None and slopes is None and softcap == 0 and dprobs is None
+    tiles = launch_dq(max(D, V), q.element_size(), architecture(q), lean)
     contiguous = [
         None if x is None else x.contiguous() for x in (pivot, largest, None if v is None else out, dout, dlse)
     ]
