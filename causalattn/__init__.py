@@ -1,6 +1,6 @@
 """Everything people compute from an attention matrix, computed from q and k without the matrix."""
 
-from . import dense, integrations, masks
+from . import conventions, dense, feature_maps, integrations, masks
 from .analysis import HeadScores, Report, analyze, capture
 from .attention import (
     AttentionMap,
@@ -13,6 +13,13 @@ from .attention import (
 )
 from .integrations import bertviz as _bertviz  # noqa: F401  (ca.integrations.bertviz.head_view)
 from .integrations import transformers as _transformers  # noqa: F401  (ca.integrations.transformers.register())
+from .linear_attention import (
+    LinearAttentionOutput,
+    LinearState,
+    linear_attention,
+    linear_attention_matrix,
+    linear_attention_step,
+)
 from .masks import Intervals, Mask, causal, chunked, full, intervals, packed, padding, prefix, sliding_window
 from .nulls import Null, null_from_stats, permutation_null
 from .statistics import Asymmetry, AttentionStats, asymmetry, attention_stats, dag_score, score_asymmetry
@@ -25,6 +32,8 @@ __all__ = [
     "AttentionStats",
     "HeadScores",
     "Intervals",
+    "LinearAttentionOutput",
+    "LinearState",
     "Mask",
     "Null",
     "Report",
@@ -39,11 +48,16 @@ __all__ = [
     "capture",
     "causal",
     "chunked",
+    "conventions",
     "dag_score",
     "dense",
+    "feature_maps",
     "full",
     "integrations",
     "intervals",
+    "linear_attention",
+    "linear_attention_matrix",
+    "linear_attention_step",
     "masks",
     "null_from_stats",
     "packed",

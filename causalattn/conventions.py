@@ -1,0 +1,1 @@
+"""Other projects' conventions of linear attention, to ours and back."""

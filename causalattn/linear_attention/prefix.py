@@ -1,0 +1,126 @@
+"""The torch path: one head's decayed prefix products in groups of chunks, every product of one fixed shape."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+# rows whose pairs are decayed one by one, where every channel decays by itself
+ROWS = 16
+# a whole number of groups, whatever the decay
+GROUP = 1024
+CHANNEL_GROUP = 256
+
+
+def prefix_product(
+    a: Tensor, b: Tensor, c: Tensor, decay: Tensor | None, state: Tensor, channels: Literal["contracted", "output"]
+) -> tuple[Tensor, Tensor]:
+    """y_t = Σ_{s ≤ t} e^{G_t − G_s} (a_t·b_s) c_s + e^{G_t} a_t·S_0, and S = Σ_s e^{G_T − G_s} b_s c_sᵀ + e^{G_T} S_0.
+
+    a, b [T, D], c [T, V], state S_0 [D, V]; decay None, [T, 1] or one of each channel, [T, D] if a's and b's are
+    contracted under it and [T, V] if it is of the output's. G is decay cumulated, inclusive. T is a multiple of GROUP.
+    """
+    y = torch.empty_like(c)
+    size = GROUP if decay is None or decay.shape[1] == 1 else CHANNEL_GROUP
+    for first in range(0, len(a), size):
+        tokens = slice(first, first + size)
+        chunks = (None if x is None else x[tokens].unflatten(0, (-1, CHUNK)) for x in (a, b, c, decay))
+        inside, state = _group(*chunks, state, channels == "contracted")
+        y[tokens] = inside.flatten(0, 1)
+    return y, state
+
+
+def cumulated(decay: Tensor) -> Tensor:
+    """Decay [chunks, CHUNK, …] cumulated in each chunk, in float64: a small difference of large sums stays right."""
+    return decay.double().cumsum(1)
+
+
+def _group(
+    a: Tensor, b: Tensor, c: Tensor, decay: Tensor | None, state: Tensor, contracted: bool
+) -> tuple[Tensor, Tensor]:
+    """y of consecutive chunks [chunks, CHUNK, …], and the state behind them."""
+    if decay is None:
+        inside, over = (a @ b.mT).tril_() @ c, None
+    else:
+        G = cumulated(decay)
+        into, onto, over = (x.to(a.dtype).exp() for x in (G, G[:, -1:] - G, G[:, -1:]))
+        if decay.shape[2] == 1:
+            inside, contracted = (a @ b.mT).mul_(_pairs(G, a.dtype)[..., 0]) @ c, False
+        elif contracted:
+            inside = _decayed_products(a, b, G) @ c
+        else:
+            inside = _decayed_sums(a @ b.mT, c, G)
+        if contracted:
+            a, b, over = a * into, b * onto, over.mT
+        else:
+            c = c * onto
+    added = b.mT @ c
+    states = torch.empty_like(added)
+    for i in range(len(added)):
+        states[i] = state
+        state = added[i] + (state if over is None else over[i] * state)
+    if decay is None or contracted:
+        return torch.baddbmm(inside, a, states), state
+    return inside.add_((a @ states).mul_(into)), state
+
+
+def _pairs(G: Tensor, dtype: torch.dtype) -> Tensor:
+    """e^{G_t − G_s} for s ≤ t and 0 elsewhere, [n, rows t, rows s, channels]."""
+    rows = G.shape[1]
+    future = torch.ones(rows, rows, dtype=torch.bool, device=G.device).triu_(1)[..., None]
+    return (G[:, :, None] - G[:, None]).to(dtype).masked_fill_(future, -torch.inf).exp_()
+
+
+def _halves(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The earlier and the later half of every run of 2·rows rows, [runs, rows, …]."""
+    return x.reshape(-1, 2, rows, *x.shape[2:]).unbind(1)
+
+
+def _factors(G: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """e^{G_m − G_s} of the earlier rows s, the last of them m, and e^{G_t − G_m} of the later rows t: none above 1."""
+    early, late = _halves(G, rows)
+    middle = early[:, -1:]
+    return (middle - early).to(dtype).exp_(), (late - middle).to(dtype).exp_()
+
+
+def _runs(x: Tensor, rows: int) -> Tensor:
+    """Runs of rows against themselves in [n, CHUNK, CHUNK]: a view [n, runs, rows, rows]."""
+    runs = CHUNK // rows
+    return x.unflatten(2, (runs, rows)).unflatten(1, (runs, rows)).diagonal(dim1=1, dim2=3).movedim(3, 1)
+
+
+def _decayed_products(a: Tensor, b: Tensor, G: Tensor) -> Tensor:
+    """Σ_d a_td b_sd e^{G_td − G_sd} for s ≤ t in a chunk, 0 elsewhere: [n, CHUNK, CHUNK]."""
+    n, D = a.shape[0], a.shape[2]
+    product = a.new_zeros(n, CHUNK, CHUNK)
+    rows = CHUNK // 2
+    while rows >= ROWS:
+        before, after = _factors(G, rows, a.dtype)
+        tile = (_halves(a, rows)[1] * after) @ (_halves(b, rows)[0] * before).mT
+        _runs(product, 2 * rows)[:, :, rows:, :rows] = tile.unflatten(0, (n, -1))
+        rows //= 2
+    left, right, G = (x.reshape(-1, ROWS, D) for x in (a, b, G))
+    tile = _pairs(G, a.dtype).mul_(left[:, :, None]).mul_(right[:, None]).sum(-1)
+    _runs(product, ROWS).copy_(tile.unflatten(0, (n, -1)))
+    return product
+
+
+def _decayed_sums(product: Tensor, c: Tensor, G: Tensor) -> Tensor:
+    """Σ_{s ≤ t} product_ts e^{G_tv − G_sv} c_sv in a chunk: [n, CHUNK, V]."""
+    n, V = c.shape[0], c.shape[2]
+    pairs = _pairs(G.reshape(-1, ROWS, V), c.dtype).mul_(_runs(product, ROWS).reshape(-1, ROWS, ROWS, 1))
+    y = pairs.mul_(c.reshape(-1, 1, ROWS, V)).sum(2).view(n, CHUNK, V)
+    rows = ROWS
+    while rows < CHUNK:
+        before, after = _factors(G, rows, c.dtype)
+        tile = _runs(product, 2 * rows)[:, :, rows:, :rows].reshape(-1, rows, rows)
+        _halves(y, rows)[1].add_((tile @ (_halves(c, rows)[0] * before)).mul_(after))
+        rows *= 2
+    return y
+
+
+def padded(x: Tensor) -> Tensor:
+    """x with zero rows appended up to whole groups."""
+    return F.pad(x, (0, 0, 0, -len(x) % GROUP))

@@ -1,0 +1,60 @@
+"""One head of one sequence at a time, as the torch path goes through them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .._backend import accumulator
+from ..feature_maps import elementwise
+from .prefix import padded
+
+
+class Sequence:
+    """φ(q), φ(k) and [v, 1] of query head h in whole groups, zeros beyond the sequence, in the accumulation dtype.
+
+    The column of ones makes z the last column of S: numerator and denominator are one product.
+    """
+
+    def __init__(self, inputs: tuple[Tensor | None, ...], feature: str, n: int, b: int, h: int, tokens: slice):
+        q, k, v, decay, s0, z0 = inputs
+        self.n, self.b, self.h, self.tokens = n, b, h, tokens
+        self.kv_head = h // (q.shape[1] // k.shape[1])
+        self.dtype = accumulator(q)
+        self.T, self.V = tokens.stop - tokens.start, v.shape[3]
+        self.q = padded(elementwise(feature, q[b, h, tokens].to(self.dtype)))
+        self.k = padded(elementwise(feature, k[b, self.kv_head, tokens].to(self.dtype)))
+        self.v = padded(with_ones(v[b, self.kv_head, tokens].to(self.dtype)))
+        self.decay = None
+        if decay is not None:
+            self.decay = padded(decay[b, h, tokens, None] if decay.ndim == 3 else decay[b, h, tokens])
+        self.state = self.q.new_zeros(q.shape[3], self.V + 1)
+        if s0 is not None:
+            self.state = torch.cat([s0[n, h], z0[n, h, :, None]], 1).to(self.dtype)
+
+
+def with_ones(v: Tensor) -> Tensor:
+    return torch.cat([v, v.new_ones(len(v), 1)], 1)
+
+
+def sequences(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, s0: Tensor | None, z0: Tensor | None,
+    cu_seqlens: Tensor | None, feature: str,
+) -> Iterator[Sequence]:  # fmt: skip
+    """Every head of every sequence or segment, autocast off: it would round products to 16 bits."""
+    T = q.shape[2]
+    if cu_seqlens is None:
+        places = [(b, b, slice(0, T)) for b in range(q.shape[0])]
+    else:
+        # where their values were not checked, on a GPU, they are cut to the tokens there are
+        edges = cu_seqlens.clamp(0, T).tolist()
+        places = [(n, 0, slice(edges[n], max(edges[n], edges[n + 1]))) for n in range(len(edges) - 1)]
+    with torch.autocast(q.device.type, enabled=False):
+        for n, b, tokens in places:
+            for h in range(q.shape[1]):
+                yield Sequence((q, k, v, decay, s0, z0), feature, n, b, h, tokens)
+
+
+def inverse(den: Tensor) -> Tensor:
+    """1/den, 0 for 0."""
+    return torch.where(den == 0, 0, 1 / den)
