@@ -11,7 +11,19 @@ from transformers import AutoModel, AutoTokenizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-MODULES = ["masks", "attention", "statistics", "nulls", "dense", "analysis"]
+MODULES = [
+    "masks",
+    "feature_maps",
+    "linear_attention",
+    "linear_attention.matrix",
+    "linear_attention.step",
+    "conventions",
+    "attention",
+    "statistics",
+    "nulls",
+    "dense",
+    "analysis",
+]
 
 
 def test_ten_lines(capsys):

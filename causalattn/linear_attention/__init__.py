@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .._backend import Backend
@@ -52,7 +53,7 @@ def linear_attention(
         k: keys, [B, H_kv, T, D]; H_kv divides H, and each key head serves H / H_kv query heads in turn.
         v: values, [B, H_kv, T, V].
         feature_map: φ, from [..., D] to [..., F]: "elu" (elu + 1), "relu", "exp", "identity", "taylor2", "favor", or a
-            callable, which is given float32 (float64 for float64). What is not elementwise enters the sums in q's dtype.
+            callable, which is given float32 (float64 for float64). What is not elementwise is summed in q's dtype.
         decay: the logarithms g ≤ 0 of what a step keeps: None for 0, [H] for one a head (RetNet), [B, H, T] for one a
             step (Mamba-2), [B, H, T, F] for one a step and feature (GLA), in any floating dtype; float32 is best. Its
             values are checked on the CPU; on CUDA g > 0 is growth, possibly to inf. Where a sequence must start anew,
@@ -63,14 +64,14 @@ def linear_attention(
         scale: multiplies out; 1 with normalize.
         initial_state: S_0 and z_0, zeros by default; what another call returned, so that the tokens go on.
         cu_seqlens: where segments of one packed sequence (B = 1) begin, and the last ends: [segments + 1] integers from
-            0, never decreasing, to at most T, each a sequence by itself with a state of its own; empty ones are fine. Rows
-            beyond give 0 and are not read. Values are checked on the CPU; on CUDA wrong ones give wrong numbers, never
-            an access out of bounds, and backend="torch" waits for them there.
+            0, never decreasing, to at most T. Each is a sequence by itself with a state of its own, empty ones too.
+            Rows beyond give 0 and are not read. Values are checked on the CPU; on CUDA wrong ones give wrong numbers,
+            never an access out of bounds, and backend="torch" waits for them there.
         backend: "auto" takes Triton for CUDA tensors and torch otherwise.
 
     Returns:
-        LinearAttentionOutput; the state holds s and z whether out is normalised or not. Both are differentiable in q, k,
-        v, decay and initial_state. A NaN or inf in a token reaches no sequence but its own.
+        LinearAttentionOutput; the state holds s and z whether out is normalised or not. Both are differentiable in q,
+        k, v, decay and initial_state. A NaN or inf in a token reaches no sequence but its own.
 
     Raises:
         ValueError: a shape, device, decay, scale, state or cu_seqlens that does not fit, or a negative φ to normalise.
@@ -92,7 +93,8 @@ def linear_attention(
     if isinstance(feature_map, str) and feature_map in ELEMENTWISE:
         feature = feature_map
     else:
-        q, k = (x.to(dtype) for x in mapped(feature_map, q, k, normalize))
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = (x.to(dtype) for x in mapped(feature_map, q, k, normalize))
     cu_seqlens = resolve_cu_seqlens(cu_seqlens, q)
     decay = resolve_decay(decay, q)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

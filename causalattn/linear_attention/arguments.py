@@ -83,7 +83,9 @@ def resolve_decay(decay: Tensor | None, q: Tensor) -> Tensor | None:
     if decay.device != q.device:
         raise ValueError(f"decay must be on q's device {q.device}, got {decay.device}")
     if decay.shape not in ((H,), (B, H, T), (B, H, T, F)):
-        raise ValueError(f"decay must have shape [{H}], [{B}, {H}, {T}] or [{B}, {H}, {T}, {F}], got {list(decay.shape)}")
+        raise ValueError(
+            f"decay must have shape [{H}], [{B}, {H}, {T}] or [{B}, {H}, {T}, {F}], got {list(decay.shape)}"
+        )
     if readable(decay) and not ((decay <= 0) & decay.isfinite()).all():
         wrong = decay[~((decay <= 0) & decay.isfinite())][0].item()
         raise ValueError(f"decay must be a finite logarithm of at most 0, got {wrong:.3g}")

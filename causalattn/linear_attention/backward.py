@@ -74,7 +74,9 @@ def _linear_attend_backward_torch(
         dnum, dstate = _upstream(x, normalize, scale, *results)
         dq_x, dk_x, dv_x, dstate_0 = _features_gradients(x, dnum, dstate)
         if decay_grad:
-            ddecay[x.b, x.h, x.tokens] = _decay_gradient(x, dq_x, dk_x, dstate, s, z).view_as(ddecay[x.b, x.h, x.tokens])
+            ddecay[x.b, x.h, x.tokens] = _decay_gradient(x, dq_x, dk_x, dstate, s, z).view_as(
+                ddecay[x.b, x.h, x.tokens]
+            )
         for grad, phi in ((dq_x, x.q), (dk_x, x.k)):
             slope = elementwise_gradient(feature, phi)
             if slope is not None:
@@ -118,7 +120,7 @@ def _features_gradients(x: Sequence, dnum: Tensor, dstate: Tensor) -> tuple[Tens
 
 def _decay_gradient(x: Sequence, dq: Tensor, dk: Tensor, dstate: Tensor, s: Tensor, z: Tensor) -> Tensor:
     """dg_r = Σ_{t ≥ r} dG_t with dG = φ(q) dφ(q) − φ(k) dφ(k), and ⟨dS, S⟩ in the last, [T, 1 or D]."""
-    dG = (x.q[: x.T].double() * dq[: x.T] - x.k[: x.T].double() * dk[: x.T])
+    dG = x.q[: x.T].double() * dq[: x.T] - x.k[: x.T].double() * dk[: x.T]
     last = (dstate.double() * torch.cat([s[x.n, x.h], z[x.n, x.h, :, None]], 1)).sum(1)
     if x.decay.shape[1] == 1:
         dG, last = dG.sum(1, keepdim=True), last.sum(0, keepdim=True)

@@ -52,7 +52,8 @@ def linear_attention_matrix(
     check_tokens(q, k, None, "linear_attention_matrix")
     check_feature_map(feature_map, normalize)
     scale, dtype = check_scale(normalize, scale), q.dtype
-    q, k = mapped(feature_map, q, k, normalize)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = mapped(feature_map, q, k, normalize)
     cu_seqlens = resolve_cu_seqlens(cu_seqlens, q)
     decay = resolve_decay(decay, q)
     if not causal and (decay is not None or cu_seqlens is not None):

@@ -1,5 +1,6 @@
 """The torch path: one head's decayed prefix products in groups of chunks, every product of one fixed shape."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -9,9 +10,7 @@ from torch import Tensor
 CHUNK = 64
 # rows whose pairs are decayed one by one, where every channel decays by itself
 ROWS = 16
-# a whole number of groups, whatever the decay
 GROUP = 1024
-CHANNEL_GROUP = 256
 
 
 def prefix_product(
@@ -23,18 +22,12 @@ def prefix_product(
     contracted under it and [T, V] if it is of the output's. G is decay cumulated, inclusive. T is a multiple of GROUP.
     """
     y = torch.empty_like(c)
-    size = GROUP if decay is None or decay.shape[1] == 1 else CHANNEL_GROUP
-    for first in range(0, len(a), size):
-        tokens = slice(first, first + size)
+    for first in range(0, len(a), GROUP):
+        tokens = slice(first, first + GROUP)
         chunks = (None if x is None else x[tokens].unflatten(0, (-1, CHUNK)) for x in (a, b, c, decay))
         inside, state = _group(*chunks, state, channels == "contracted")
         y[tokens] = inside.flatten(0, 1)
     return y, state
-
-
-def cumulated(decay: Tensor) -> Tensor:
-    """Decay [chunks, CHUNK, …] cumulated in each chunk, in float64: a small difference of large sums stays right."""
-    return decay.double().cumsum(1)
 
 
 def _group(
@@ -44,10 +37,11 @@ def _group(
     if decay is None:
         inside, over = (a @ b.mT).tril_() @ c, None
     else:
-        G = cumulated(decay)
+        # in float64 a small difference of large sums stays right
+        G = decay.double().cumsum(1)
         into, onto, over = (x.to(a.dtype).exp() for x in (G, G[:, -1:] - G, G[:, -1:]))
         if decay.shape[2] == 1:
-            inside, contracted = (a @ b.mT).mul_(_pairs(G, a.dtype)[..., 0]) @ c, False
+            inside, contracted = (a @ b.mT).mul_(_pairs(G, a.dtype)) @ c, False
         elif contracted:
             inside = _decayed_products(a, b, G) @ c
         else:
@@ -67,10 +61,15 @@ def _group(
 
 
 def _pairs(G: Tensor, dtype: torch.dtype) -> Tensor:
-    """e^{G_t − G_s} for s ≤ t and 0 elsewhere, [n, rows t, rows s, channels]."""
-    rows = G.shape[1]
-    future = torch.ones(rows, rows, dtype=torch.bool, device=G.device).triu_(1)[..., None]
-    return (G[:, :, None] - G[:, None]).to(dtype).masked_fill_(future, -torch.inf).exp_()
+    """e^{G_t − G_s} for s ≤ t and 0 elsewhere, G [n, CHUNK, 1]: [n, CHUNK, CHUNK]."""
+    future = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=G.device).triu_(1)
+    return (G - G.mT).to(dtype).masked_fill_(future, -torch.inf).exp_()
+
+
+def _kept(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Of each row s of runs G [n, ROWS, channels]: s and e^{G_t − G_s} of the rows t ≥ s."""
+    for s in range(ROWS):
+        yield s, (G[:, s:] - G[:, s : s + 1]).to(dtype).exp_()
 
 
 def _halves(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -101,17 +100,22 @@ def _decayed_products(a: Tensor, b: Tensor, G: Tensor) -> Tensor:
         tile = (_halves(a, rows)[1] * after) @ (_halves(b, rows)[0] * before).mT
         _runs(product, 2 * rows)[:, :, rows:, :rows] = tile.unflatten(0, (n, -1))
         rows //= 2
+    tile = product.new_zeros(n * CHUNK // ROWS, ROWS, ROWS)
     left, right, G = (x.reshape(-1, ROWS, D) for x in (a, b, G))
-    tile = _pairs(G, a.dtype).mul_(left[:, :, None]).mul_(right[:, None]).sum(-1)
+    for i, kept in _kept(G, a.dtype):
+        tile[:, i:, i] = kept.mul_(left[:, i:]).mul_(right[:, i : i + 1]).sum(-1)
     _runs(product, ROWS).copy_(tile.unflatten(0, (n, -1)))
     return product
 
 
 def _decayed_sums(product: Tensor, c: Tensor, G: Tensor) -> Tensor:
     """Σ_{s ≤ t} product_ts e^{G_tv − G_sv} c_sv in a chunk: [n, CHUNK, V]."""
-    n, V = c.shape[0], c.shape[2]
-    pairs = _pairs(G.reshape(-1, ROWS, V), c.dtype).mul_(_runs(product, ROWS).reshape(-1, ROWS, ROWS, 1))
-    y = pairs.mul_(c.reshape(-1, 1, ROWS, V)).sum(2).view(n, CHUNK, V)
+    V = c.shape[2]
+    y = torch.zeros_like(c)
+    sums, values = y.view(-1, ROWS, V), c.reshape(-1, ROWS, V)
+    tile = _runs(product, ROWS).reshape(-1, ROWS, ROWS, 1)
+    for i, kept in _kept(G.reshape(-1, ROWS, V), c.dtype):
+        sums[:, i:] += kept.mul_(tile[:, i:, i]).mul_(values[:, i : i + 1])
     rows = ROWS
     while rows < CHUNK:
         before, after = _factors(G, rows, c.dtype)

@@ -62,7 +62,8 @@ def linear_attention_step(
     check_feature_map(feature_map, normalize)
     scale = check_scale(normalize, scale)
     dtype, wide = q.dtype, accumulator(q)
-    q, k = mapped(feature_map, q, k, normalize)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = mapped(feature_map, q, k, normalize)
     group, V = q.shape[1] // k.shape[1], v.shape[3]
     check_state(state, "state", q.shape[0], q, V)
     decay = resolve_decay(decay, q)
