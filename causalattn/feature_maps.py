@@ -110,9 +110,11 @@ def favor(features: int = FAVOR_FEATURES, *, seed: int = 0) -> Callable[[Tensor]
 def _directions(features: int, D: int, seed: int) -> Tensor:
     """[features, D] float64: rows of random rotations, each as long as a normal vector of its own."""
     generator = np.random.default_rng(seed)
-    blocks = [np.linalg.qr(generator.normal(size=(D, D)))[0] for _ in range(-(-features // D))]
+    q, r = np.linalg.qr(generator.normal(size=(-(-features // D), D, D)))
+    # every rotation as likely as any other, only with the signs of r's diagonal undone
+    rotations = q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None]
     lengths = np.linalg.norm(generator.normal(size=(features, D)), axis=1)
-    return torch.from_numpy(np.concatenate(blocks)[:features] * lengths[:, None])
+    return torch.from_numpy(rotations.reshape(-1, D)[:features] * lengths[:, None])
 
 
 FEATURE_MAPS = {name: phi for name, (phi, _) in ELEMENTWISE.items()} | {"taylor2": taylor2, "favor": favor()}
