@@ -106,8 +106,12 @@ def favor(features: int = FAVOR_FEATURES, *, seed: int = 0) -> Callable[[Tensor]
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=32)
 def _directions(features: int, D: int, seed: int) -> Tensor:
+    return _rotations(features, D, seed)
+
+
+@functools.lru_cache(maxsize=32)
+def _rotations(features: int, D: int, seed: int) -> Tensor:
     """[features, D] float64: rows of random rotations, each as long as a normal vector of its own."""
     generator = np.random.default_rng(seed)
     q, r = np.linalg.qr(generator.normal(size=(-(-features // D), D, D)))

@@ -126,9 +126,7 @@ def test_linear_in_values_and_initial_sums(backend, case, alpha):
     state = None if state is None else LinearState(*exact(backend, *state))
     other, other_state = v.flip(2).contiguous(), None if state is None else LinearState(state.s.flip(2), state.z)
     options["backend"] = backend
-    x, y = (
-        flat(linear_attention(q, k, u, initial_state=s, **options)) for u, s in ((v, state), (other, other_state))
-    )
+    x, y = (flat(linear_attention(q, k, u, initial_state=s, **options)) for u, s in ((v, state), (other, other_state)))
     mixed_state = None if state is None else LinearState(state.s + alpha * other_state.s, state.z)
     mixed = flat(linear_attention(q, k, v + alpha * other, initial_state=mixed_state, **options))
     largest = max(u.abs().max() for u in (*x[:2], *y[:2]))

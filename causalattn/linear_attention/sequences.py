@@ -56,5 +56,6 @@ def sequences(
 
 
 def inverse(den: Tensor) -> Tensor:
-    """1/den, 0 for 0."""
-    return torch.where(den == 0, 0, 1 / den)
+    """1/den, 0 for 0, and a gradient of 0 there."""
+    empty = den == 0
+    return torch.where(empty, 0, 1 / den.masked_fill(empty, 1))

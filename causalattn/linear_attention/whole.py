@@ -1,15 +1,12 @@
 """The form that is not causal: every query reads the state behind the last token."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import Backend, accumulator, use_triton
 from ..feature_maps import elementwise
 from .arguments import LinearState
 from .sequences import inverse
-
-BLOCK = 64
 
 
 def attend_to_all(
@@ -19,7 +16,7 @@ def attend_to_all(
     """out and the state, in plain torch on every backend: two products of whole matrices."""
     # an explicit request is refused where it could not be met
     use_triton(backend, q)
-    B, H, T, D = q.shape
+    B, H, _, D = q.shape
     H_kv, V = k.shape[1], v.shape[3]
     wide = accumulator(q)
     with torch.autocast(q.device.type, enabled=False):
@@ -30,8 +27,6 @@ def attend_to_all(
         s, z = total[..., :V], total[..., V]
         if state is not None:
             s, z = s + state[0], z + state[1]
-        # rows in blocks of one shape: their bits depend on no other row
-        blocks = F.pad(phi_q, (0, 0, 0, -T % BLOCK)).unflatten(2, (-1, BLOCK))
-        num = (blocks @ torch.cat([s, z[..., None]], -1)[:, :, None]).flatten(2, 3)[:, :, :T]
+        num = phi_q @ torch.cat([s, z[..., None]], -1)
         out = num[..., :V] * (inverse(num[..., V:]) if normalize else scale)
     return out.to(q.dtype), LinearState(s.contiguous(), z.contiguous())
