@@ -64,7 +64,7 @@ def taylor2(x: Tensor) -> Tensor:
     D = x.shape[-1]
     x = x * D**-0.25
     i, j = torch.triu_indices(D, D, device=x.device)
-    weights = torch.where(i == j, 0.5**0.5, 1.0).to(x.dtype)
+    weights = 1 - (i == j).to(x.dtype) * (1 - 0.5**0.5)
     return torch.cat([torch.ones_like(x[..., :1]), x, x[..., i] * x[..., j] * weights], -1)
 
 
