@@ -14,7 +14,7 @@ REPEATS = 100
 class Operator(NamedTuple):
     """axes of each result: "row" [B, H, T, …], "key" [B, H, S, …], "keys" [B, H, …, S], "map" [B, H, T, S] or "head".
 
-    Empty where results move with the length, as cells do.
+    Empty where results move with the length, as cells do, or take no mask.
     """
 
     run: callable
@@ -52,6 +52,12 @@ def pair_gradients(q, k, v, options):
     return gradients(ca.asymmetry(*leaves, **options)[:3], leaves)
 
 
+def linear_gradients(q, k, v, options):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, state = ca.linear_attention(*leaves, **options)
+    return gradients([out, *state], leaves)
+
+
 ROWS = ["lse", "max", "mass", "entropy", "sum_sq", "below", "diag", "distance", "columns"]
 OPERATORS = {
     "attention": Operator(lambda q, k, v, options: ca.attention(q, k, v, **options)[:2], "row row"),
@@ -71,9 +77,11 @@ OPERATORS = {
         "key key",
     ),
     "dag_score": Operator(lambda q, k, v, options: (ca.dag_score(q, k, **options),), "head"),
+    "linear_attention": Operator(lambda q, k, v, options: ca.linear_attention(q, k, v, **options).out[None], ""),
     "asymmetry": Operator(lambda q, k, v, options: ca.asymmetry(q, k, **options), "head head head head row"),
     "gradients of rows": Operator(rows_gradients, "row key"),
     "gradients of attention": Operator(attention_gradients, "row key key"),
+    "gradients of linear_attention": Operator(linear_gradients, ""),
     "gradients of statistics": Operator(statistics_gradients, "row key"),
     "gradients of asymmetry": Operator(pair_gradients, "row key"),
 }
