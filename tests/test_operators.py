@@ -77,7 +77,7 @@ OPERATORS = {
         "key key",
     ),
     "dag_score": Operator(lambda q, k, v, options: (ca.dag_score(q, k, **options),), "head"),
-    "linear_attention": Operator(lambda q, k, v, options: ca.linear_attention(q, k, v, **options).out[None], ""),
+    "linear_attention": Operator(lambda q, k, v, options: ca.linear_attention(q, k, v, **options)[:1], ""),
     "asymmetry": Operator(lambda q, k, v, options: ca.asymmetry(q, k, **options), "head head head head row"),
     "gradients of rows": Operator(rows_gradients, "row key"),
     "gradients of attention": Operator(attention_gradients, "row key key"),
