@@ -8,7 +8,7 @@ import torch
 from helpers import DEVICE, DTYPES, PATHS, SEEDS, assert_within_reference_error, make_qkv, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_attention_cases import DECAYS, cases, make_decay, make_state, numpy_options, plain
+from linear_attention_cases import DECAYS, cases, make_decay, make_state, numpy_options, plain, roundings
 
 from causalattn import LinearState, linear_attention, linear_attention_matrix
 from causalattn.reference.linear_attention import linear_attention as reference
@@ -21,12 +21,12 @@ def flat(result):
     return result.out, *result.state
 
 
-def check(backend, q, k, v, options, roundings=4.0):
+def check(backend, q, k, v, options):
     """out, s and z within twice torch's error of float64."""
     result = linear_attention(q, k, v, backend=backend, **options)
     out, (s, z) = reference(*map(to_numpy, (q, k, v)), **numpy_options(options))
     for got, rival, exact in zip(flat(result), plain(q, k, v, **options), (out, s, z), strict=True):
-        assert_within_reference_error(got, rival, exact, axis=None, roundings=roundings)
+        assert_within_reference_error(got, rival, exact, axis=None, roundings=roundings(backend, q, 4.0))
     return result
 
 
