@@ -93,7 +93,7 @@ def _upstream(
     x: Sequence, normalize: bool, scale: float, out: Tensor, den: Tensor, s: Tensor, z: Tensor, dout: Tensor,
     ds: Tensor, dz: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of [num, den], in whole groups, and of the last state [s, z]."""
+    """The gradients of [num, den], in whole chunks, and of the last state [s, z]."""
     dnum = dout[x.b, x.h, x.tokens].to(x.dtype)
     if normalize:
         unit = inverse(den[x.b, x.h, x.tokens, None])

@@ -10,6 +10,7 @@ from torch import Tensor
 CHUNK = 64
 # rows whose pairs are decayed one by one, where every channel decays by itself
 ROWS = 16
+# tokens whose chunks are multiplied in one call
 GROUP = 1024
 
 
@@ -19,7 +20,7 @@ def prefix_product(
     """y_t = Σ_{s ≤ t} e^{G_t − G_s} (a_t·b_s) c_s + e^{G_t} a_t·S_0, and S = Σ_s e^{G_T − G_s} b_s c_sᵀ + e^{G_T} S_0.
 
     a, b [T, D], c [T, V], state S_0 [D, V]; decay None, [T, 1] or one of each channel, [T, D] if a's and b's are
-    contracted under it and [T, V] if it is of the output's. G is decay cumulated, inclusive. T is a multiple of GROUP.
+    contracted under it and [T, V] if it is of the output's. G is decay cumulated, inclusive. T is a multiple of CHUNK.
     """
     y = torch.empty_like(c)
     for first in range(0, len(a), GROUP):
@@ -126,5 +127,5 @@ def _decayed_sums(product: Tensor, c: Tensor, G: Tensor) -> Tensor:
 
 
 def padded(x: Tensor) -> Tensor:
-    """x with zero rows appended up to whole groups."""
-    return F.pad(x, (0, 0, 0, -len(x) % GROUP))
+    """x with zero rows appended up to whole chunks."""
+    return F.pad(x, (0, 0, 0, -len(x) % CHUNK))

@@ -11,7 +11,7 @@ from .prefix import padded
 
 
 class Sequence:
-    """φ(q), φ(k) and [v, 1] of query head h in whole groups, zeros beyond the sequence, in the accumulation dtype.
+    """φ(q), φ(k) and [v, 1] of query head h in whole chunks, zeros beyond the sequence, in the accumulation dtype.
 
     The column of ones makes z the last column of S: numerator and denominator are one product.
     """
