@@ -1,4 +1,4 @@
-"""The command line: causalattn analyze, causalattn demo.
+"""The command line: causalattn analyze, bench, demo.
 
 Tables and JSON go to stdout, everything else to stderr. Bad input is one line on stderr, exit code 2, and no file.
 """
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="causalattn", description="What attention heads do, every score beside its null.")
-    commands = parser.add_subparsers(required=True, metavar="analyze | demo")
+    commands = parser.add_subparsers(required=True, metavar="analyze | bench | demo")
     sub = commands.add_parser("analyze", help="score the heads of a model on a text")
     sub.add_argument("--model", required=True, metavar="PATH_OR_NAME", help="a transformers model")
     source = sub.add_mutually_exclusive_group(required=True)
@@ -72,6 +72,16 @@ def _parser() -> Parser:
     sub.add_argument("--max-tokens", type=_positive, metavar="N", help="leave out the text after N tokens")
     sub.add_argument("--json", action="store_true", help="print JSON in place of the table")
     sub.set_defaults(run=_analyze)
+    bench = commands.add_parser("bench", help="what attention costs on this machine")
+    kinds = bench.add_subparsers(required=True, metavar="complexity")
+    growth = kinds.add_parser("complexity", help="softmax against linear attention: time against T, fitted, crossing")
+    growth.add_argument("--lengths", type=_numbers, metavar="256,512,…", help="T of each point (default: 256 to 65536)")
+    growth.add_argument("--heads", type=_positive, default=4, metavar="H", help="heads of every call (default: 4)")
+    growth.add_argument("--dim", type=_positive, default=64, metavar="D", help="head dim (default: 64)")
+    growth.add_argument("--tokens", type=_positive, metavar="N", help="keep B·T at N tokens (default: B = 1)")
+    growth.add_argument("--figure", type=Path, metavar="FILE", help="draw it into this PNG")
+    growth.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    growth.set_defaults(run=_bench_complexity)
     demo = commands.add_parser("demo", help="the same on a small pretrained model, a sentence and a page of prose")
     demo.add_argument("--model", metavar="PATH_OR_NAME", help=f"another model (default: the weights in {DEMO_PACKAGE})")
     demo.set_defaults(run=_demo)
@@ -123,6 +133,26 @@ def _demo(arguments: argparse.Namespace) -> None:
         _print_section(section, {})
     _print_last_layer(loaded, sections[0].report)
     _print_files(files)
+
+
+def _bench_complexity(arguments: argparse.Namespace) -> None:
+    from .complexity import LENGTHS, measure_complexity, table
+
+    _check_plotting(arguments.figure)
+    shape = {"heads": arguments.heads, "dim": arguments.dim, "tokens": arguments.tokens}
+    progress = Progress("complexity", "lengths")
+    try:
+        result = measure_complexity(arguments.lengths or LENGTHS, **shape, progress=progress)
+    except ValueError as error:
+        raise CommandError(_one_line(error)) from error
+    finally:
+        progress.close()
+    print(result.to_json() if arguments.json else "\n".join(table(result)))
+    if arguments.figure:
+        from .plot.complexity import draw_complexity
+
+        _write({arguments.figure: draw_complexity(result).png()})
+        print(f"wrote {arguments.figure}", file=sys.stderr if arguments.json else sys.stdout)
 
 
 def _score(
@@ -196,16 +226,16 @@ def _encode(loaded: Loaded, text: str, max_tokens: int | None) -> tuple[dict, li
 
 
 class Progress:
-    """A bar over layers on stderr; nothing where stderr is no terminal."""
+    """A bar over layers, or what else is counted, on stderr; nothing where stderr is no terminal."""
 
-    def __init__(self, title: str):
-        self.title = title
+    def __init__(self, title: str, counted: str = "layers"):
+        self.title, self.counted = title, counted
         self.shown = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int) -> None:
         if self.shown:
             bar = "█" * (24 * done // total)
-            print(f"\r{self.title}: {bar:<24} {done}/{total} layers", end="", file=sys.stderr, flush=True)
+            print(f"\r{self.title}: {bar:<24} {done}/{total} {self.counted}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.shown:
