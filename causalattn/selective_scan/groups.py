@@ -16,7 +16,7 @@ from .._backend import accumulator
 
 GROUP = 64
 # entries of the states that advance together: what a cache holds GROUP times
-TOGETHER = 2**16
+TOGETHER = 2**15
 # below this |ΔA| the derivative of (e^{ΔA} − 1)/A by A is a series: its closed form cancels
 NEAR = 0.5
 
