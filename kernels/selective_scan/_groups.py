@@ -20,15 +20,15 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile(N: int, arch: int, per_lane: int) -> Tile:
-    """All N states of as many channels as give each lane of a warp per_lane states, and no more channels than lanes.
+def tile(N: int, arch: int, per_lane: int, warps: int = 1) -> Tile:
+    """All N states of as many channels as give each lane per_lane states, and no more channels than a warp has lanes.
 
     arch is `architecture`'s.
     """
     lanes = 32 if arch else 64
     BLOCK_N = triton.next_power_of_2(N)
-    room = lanes * per_lane
-    return Tile(BLOCK_N, max(1, min(lanes, room // BLOCK_N)), max(1, BLOCK_N // room))
+    room = lanes * warps * per_lane
+    return Tile(BLOCK_N, max(1, min(lanes, room // BLOCK_N)), max(warps, warps * BLOCK_N // room))
 
 
 @triton.jit

@@ -13,8 +13,8 @@ scan itself. A pass before it writes the states before every SPAN tokens, and a 
 from the end, each formed again in registers. What sums over channels is summed over a program's, then over programs in
 order; dA and dD over a group, then over groups in float64: no atomics.
 Cost: three exp2 a token, channel and state. The states before spans pass through memory once, 8·N / SPAN bytes a token
-and channel (in slices of WORKSPACE entries), and parts of dB and dC 16·N / BLOCK_E: 48 bytes together at N = 16, which
-an H200 moves in 10 ps, against 13 ps of exponentials.
+and channel (in slices of WORKSPACE entries), and parts of dB and dC 16·N / BLOCK_E: 80 bytes together at N = 16, which
+an H200 moves in 17 ps, against 13 ps of exponentials.
 """
 
 import torch
@@ -25,10 +25,10 @@ from .._primitives import LN2, architecture
 from ._groups import carry, discretize, gate, load_rates, load_rows, place, store_rows, tile
 
 WORKSPACE = 2**26  # float32 entries of states before spans, 256 MiB
-# states a lane holds, of one token
-PER_LANE = 8
+# states a lane holds, of one token, and warps that share a channel's
+PER_LANE, WARPS = 4, 2
 # tokens whose states are in registers at once
-SPAN = 4
+SPAN = 2
 
 
 @triton.jit(do_not_specialize=["T", "E"])
@@ -126,10 +126,11 @@ def _selective_scan_bwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, SPAN: tl.constexpr,
 ):
     pid_e, pid_g, pid_b = place(E, count, BLOCK_E)
-    offs_n, offs_e = tl.arange(0, BLOCK_N).to(tl.int64), (pid_e * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
+    n, e = tl.arange(0, BLOCK_N), pid_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    offs_n, offs_e = n.to(tl.int64), e.to(tl.int64)
     mask_e = offs_e < E
     mask = (offs_n[:, None] < N) & mask_e[None, :]
-    entries = offs_n[:, None] * E + offs_e[None, :]
+    entries = n[:, None] * E + e[None, :]
     rate, inverse = load_rates(A_ptr, offs_n, offs_e, N, E, stride_ae, stride_an)
     states_ptr += (pid_b * count + pid_g) * (GROUP // SPAN) * N * E
     # its slice's part of dB and dC: [programs of channels, B, count · GROUP, N]
@@ -148,15 +149,15 @@ def _selective_scan_bwd_kernel(
         t = start + span * SPAN
         us = load_rows(u_ptr + pid_b * stride_ub, t, T, offs_e, E, stride_ut, stride_ue, SPAN)
         deltas = load_rows(delta_ptr + pid_b * stride_db, t, T, offs_e, E, stride_dt, stride_de, SPAN)
-        douts = load_rows(dout_ptr + pid_b * stride_ob, t, T, offs_e, E, stride_ot, stride_oe, SPAN)
         bs = load_rows(B_ptr + pid_b * stride_bb, t, T, offs_n, N, stride_bt, stride_bn, SPAN)
-        cs = load_rows(C_ptr + pid_b * stride_cb, t, T, offs_n, N, stride_ct, stride_cn, SPAN)
-        if z_ptr is not None:
-            zs = load_rows(z_ptr + pid_b * stride_zb, t, T, offs_e, E, stride_zt, stride_ze, SPAN)
         hs = (tl.load(states_ptr + span * N * E + entries, mask=mask, other=0.0),)
         for i in tl.static_range(SPAN):
             decay, held, _ = discretize(deltas[i], rate, inverse, ZOH)
             hs = hs + (hs[i] * decay + held * us[i][None, :] * bs[i][:, None],)
+        douts = load_rows(dout_ptr + pid_b * stride_ob, t, T, offs_e, E, stride_ot, stride_oe, SPAN)
+        cs = load_rows(C_ptr + pid_b * stride_cb, t, T, offs_n, N, stride_ct, stride_cn, SPAN)
+        if z_ptr is not None:
+            zs = load_rows(z_ptr + pid_b * stride_zb, t, T, offs_e, E, stride_zt, stride_ze, SPAN)
         dus, ddeltas, dBs, dCs, dzs = (), (), (), (), ()
         for i in tl.static_range(SPAN - 1, -1, -1):
             dy = douts[i]
@@ -173,12 +174,12 @@ def _selective_scan_bwd_kernel(
                 du += skip * dy
                 dD += dy * us[i]
             dus, ddeltas, dBs, dCs = (du,) + dus, (ddelta,) + ddeltas, (dB,) + dBs, (dC,) + dCs
-        store_rows(du_ptr + pid_b * T * E, dus, t, T, offs_e, E, SPAN)
-        store_rows(ddelta_ptr + pid_b * T * E, ddeltas, t, T, offs_e, E, SPAN)
+        store_rows(du_ptr + pid_b * T * E, dus, t, T, e, E, SPAN)
+        store_rows(ddelta_ptr + pid_b * T * E, ddeltas, t, T, e, E, SPAN)
         if z_ptr is not None:
-            store_rows(dz_ptr + pid_b * T * E, dzs, t, T, offs_e, E, SPAN)
-        store_rows(dB_ptr + part, dBs, t - start, GROUP, offs_n, N, SPAN)
-        store_rows(dC_ptr + part, dCs, t - start, GROUP, offs_n, N, SPAN)
+            store_rows(dz_ptr + pid_b * T * E, dzs, t, T, e, E, SPAN)
+        store_rows(dB_ptr + part, dBs, t - start, GROUP, n, N, SPAN)
+        store_rows(dC_ptr + part, dCs, t - start, GROUP, n, N, SPAN)
     tl.store(dA_ptr + group * N * E + entries, dA, mask=mask)
     if D_ptr is not None:
         tl.store(dD_ptr + group * E + offs_e, dD, mask=mask_e)
@@ -263,7 +264,7 @@ def _ends(delta, A, C, z, dout, dstate, starts, group) -> torch.Tensor:
     if groups == 1:
         return ends
     lengths = torch.empty(batch, groups, E, device=starts.device)
-    BLOCK_N, BLOCK_E, num_warps = tile(N, arch, 2 * PER_LANE)
+    BLOCK_N, BLOCK_E, num_warps = tile(N, arch, 16)
     _group_gradients_kernel[(triton.cdiv(E, BLOCK_E) * (groups - 1) * batch,)](
         delta, A, C, z, dout, ends, lengths,
         *delta.stride(), *A.stride(), *C.stride(), *_strides(z), *dout.stride(),
@@ -278,7 +279,7 @@ def _scan(u, delta, A, B, C, D, z, starts, ends, dout, gradients, zoh, group) ->
     batch, T, E = u.shape
     groups, N = starts.shape[1:3]
     du, ddelta, dA, dB, dC, dD, dz, dbefore = gradients
-    BLOCK_N, BLOCK_E, num_warps = tile(N, architecture(u), PER_LANE)
+    BLOCK_N, BLOCK_E, num_warps = tile(N, architecture(u), PER_LANE, WARPS)
     blocks = triton.cdiv(E, BLOCK_E)
     options = {
         "ZOH": zoh, "GROUP": group, "BLOCK_N": BLOCK_N, "BLOCK_E": BLOCK_E, "SPAN": SPAN,
