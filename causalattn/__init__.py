@@ -22,6 +22,7 @@ from .linear_attention import (
 )
 from .masks import Intervals, Mask, causal, chunked, full, intervals, packed, padding, prefix, sliding_window
 from .nulls import Null, null_from_stats, permutation_null
+from .selective_scan import ScanOutput, selective_scan
 from .statistics import Asymmetry, AttentionStats, asymmetry, attention_stats, dag_score, score_asymmetry
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "Mask",
     "Null",
     "Report",
+    "ScanOutput",
     "TopK",
     "analyze",
     "asymmetry",
@@ -65,5 +67,6 @@ __all__ = [
     "permutation_null",
     "prefix",
     "score_asymmetry",
+    "selective_scan",
     "sliding_window",
 ]

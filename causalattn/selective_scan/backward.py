@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._backend import use_triton
-from .groups import GROUP, Block, Blocks, Steps, silu
+from .groups import GROUP, Block, Blocks, Steps, sigmoid
 
 
 @torch.library.custom_op("causalattn::selective_scan_backward", mutates_args=())
@@ -56,8 +56,9 @@ def _scan_backward_torch(
         h = _states(steps, inputs, b, starts[block.batch, block.first : block.first + block.groups])
         if z is not None:
             gate = block.tokens(z)
-            block.store(dz, dy * _ungated(h, c, inputs, D) * _silu_slope(gate))
-            dy *= silu(gate)
+            share = sigmoid(gate)
+            block.store(dz, dy * _ungated(h, c, inputs, D) * (share * (1 + gate * (1 - share))))
+            dy *= gate * share
         ends = _carry(steps, c, dy, carried, block)
         grads = _Gradients(steps, h, inputs, b, c, dy)
         for t in reversed(range(GROUP)):
@@ -89,11 +90,6 @@ def _ungated(h: Tensor, c: Tensor, u: Tensor, D: Tensor | None) -> Tensor:
     for t in range(GROUP):
         torch.sum(h[t + 1] * c[t, ..., None], -2, out=y[t])
     return y if D is None else y.addcmul_(u, D.to(y.dtype))
-
-
-def _silu_slope(x: Tensor) -> Tensor:
-    gate = torch.sigmoid(x)
-    return gate * (1 + x * (1 - gate))
 
 
 def _carry(steps: Steps, c: Tensor, dy: Tensor, carried: Tensor, block: Block) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .backward import scan_backward
-from .groups import GROUP, Blocks, Steps, silu
+from .groups import GROUP, Blocks, Steps, sigmoid
 
 
 @torch.library.custom_op("causalattn::selective_scan", mutates_args=())
@@ -86,7 +86,8 @@ def _scan_torch(
         if D is not None:
             y += inputs * D.to(y.dtype)
         if z is not None:
-            y *= silu(block.tokens(z))
+            gate = block.tokens(z)
+            y *= gate * sigmoid(gate)
         block.store(out, y)
     return out, state, starts
 

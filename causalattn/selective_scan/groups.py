@@ -77,7 +77,9 @@ class Steps:
         self.decay = self.exponent.exp()
         self.held = self.exponent.expm1().div_(self.A) if zoh else self.delta[..., None, :]
         # e^{ΣΔA}: from before each group's first token to its last
-        self.across = (self.delta.sum(0)[..., None, :] * self.A).exp_()
+        # along contiguous tokens: over a leading axis the order of a sum moves with the other axes
+        length = self.delta.movedim(0, -1).contiguous().sum(-1)
+        self.across = (length[..., None, :] * self.A).exp_()
 
     def zeros(self) -> Tensor:
         return torch.zeros_like(self.across)
@@ -101,5 +103,6 @@ class Steps:
         return torch.where(x.abs() < NEAR, series.mul_(delta).mul_(delta), closed)
 
 
-def silu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x)
+def sigmoid(x: Tensor) -> Tensor:
+    """torch's own rounds the last entries of a tensor differently, wherever those lie."""
+    return x.neg().exp_().add_(1).reciprocal_()
