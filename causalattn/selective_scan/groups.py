@@ -1,7 +1,7 @@
 """The torch path's order of work: groups of GROUP tokens, all those of a block advancing together token by token.
 
-States are [..., N, E] here: sums over N then run along contiguous E. What a group computes depends on its own tokens and
-on the state it begins with, so the size of a block changes no bit.
+States are [..., N, E] here: sums over N then run along contiguous E. What a group computes depends on its own tokens
+and on the state it begins with, so the size of a block changes no bit.
 """
 
 import math

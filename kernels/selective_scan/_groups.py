@@ -3,6 +3,8 @@
 Tiles are [BLOCK_N, BLOCK_E]. A token past T loads as zeros: a step of length 0, which changes no state.
 """
 
+# ruff: noqa: RUF005  (Triton has no unpacking)
+
 from typing import NamedTuple
 
 import torch
@@ -110,16 +112,17 @@ def _carry_kernel(
     length_ptr += pid_b * stride_lb
     state = tl.load(ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_E]
     for g in range(0, steps, UNROLL):
-        decays, locals_ = (), ()
+        decays, added = (), ()
         for i in tl.static_range(UNROLL):
             step = tl.cast(g + i, tl.int64)
             channels = tl.where(step < steps, E, 0)
             length = tl.load(length_ptr + step * stride_lg + offs_e, mask=offs_e < channels, other=0.0)
             decays = decays + (tl.exp2(rate * length[None, :]),)
-            locals_ = locals_ + (tl.load(ptrs + (step + 1) * stride_sg, mask=mask & (offs_e[None, :] < channels), other=0.0),)
+            reached = mask & (offs_e[None, :] < channels)
+            added = added + (tl.load(ptrs + (step + 1) * stride_sg, mask=reached, other=0.0),)
         for i in tl.static_range(UNROLL):
             step = tl.cast(g + i, tl.int64)
-            state = state * decays[i] + locals_[i]
+            state = state * decays[i] + added[i]
             channels = tl.where(step < steps, E, 0)
             tl.store(ptrs + (step + 1) * stride_sg, state, mask=mask & (offs_e[None, :] < channels))
 

@@ -17,6 +17,8 @@ and channel (in slices of WORKSPACE entries), and parts of dB and dC 16·N / BLO
 an H200 moves in 17 ps, against 13 ps of exponentials.
 """
 
+# ruff: noqa: RUF005  (Triton has no unpacking)
+
 import torch
 import triton
 import triton.language as tl
@@ -25,8 +27,6 @@ from .._primitives import LN2, architecture
 from ._groups import carry, discretize, gate, load_rates, load_rows, place, store_rows, tile
 
 WORKSPACE = 2**26  # float32 entries of states before spans, 256 MiB
-# states a lane holds, of one token, and warps that share a channel's
-PER_LANE, WARPS = 4, 2
 # tokens whose states are in registers at once
 SPAN = 2
 
@@ -235,7 +235,7 @@ def selective_scan_bwd(
     group: int,
 ) -> tuple[torch.Tensor, ...]:
     """du, ddelta, dA, dB, dC, dD, dz (the last two empty where there is none) and the gradient of the initial state."""
-    batch, T, E = u.shape
+    batch, _, E = u.shape
     N, groups = A.shape[1], starts.shape[1]
     du, ddelta, dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (u, delta, B, C))
     dz = torch.empty(0 if z is None else z.shape, dtype=u.dtype if z is None else z.dtype, device=u.device)
@@ -279,7 +279,7 @@ def _scan(u, delta, A, B, C, D, z, starts, ends, dout, gradients, zoh, group) ->
     batch, T, E = u.shape
     groups, N = starts.shape[1:3]
     du, ddelta, dA, dB, dC, dD, dz, dbefore = gradients
-    BLOCK_N, BLOCK_E, num_warps = tile(N, architecture(u), PER_LANE, WARPS)
+    BLOCK_N, BLOCK_E, num_warps = tile(N, architecture(u), *((4, 2) if N <= 32 else (2, 2)))
     blocks = triton.cdiv(E, BLOCK_E)
     options = {
         "ZOH": zoh, "GROUP": group, "BLOCK_N": BLOCK_N, "BLOCK_E": BLOCK_E, "SPAN": SPAN,
