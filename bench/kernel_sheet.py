@@ -98,6 +98,18 @@ def _upstream(case: Case) -> dict:
     return {"up": Upstream(**given), "bias_gradient": False}
 
 
+def _scanned(case: Case) -> dict:
+    N, E, half = case.D, 2048, case.dtype
+    tokens, narrow = _empty(BATCH, LENGTH, E, dtype=half), _empty(BATCH, LENGTH, N, dtype=half)
+    gated = "gate" in case.options
+    return {
+        "u": tokens, "delta": tokens, "A": _empty(E, N), "B": narrow, "C": narrow, "dout": tokens,
+        "D": _empty(E) if gated else None, "z": tokens if gated else None,
+        "initial_state": None, "dstate": None, "starts": _empty(BATCH, LENGTH // 64, N, E),
+        "zoh": "zoh" in case.options, "group": 64,
+    }  # fmt: skip
+
+
 _ROWS = ["lse", "max", "mass", "entropy", "sum_sq", "below", "distance", "pivot"]
 _DENSE_ROWS = ["max", "mass", "entropy", "sum_sq", "below", "distance", "received"]
 _DENSE_PAIRS = ["mass", "below", "sum_sq", "difference_sq", "l1", "max", "net_flow"]
@@ -138,6 +150,13 @@ KERNELS = {
         "statistics.backward", (64, 128), plain="rows",
         extras=("received", "picked", "cells", "pairs", "rows bias softcap slopes", "pairs bias softcap slopes"),
         arguments=_upstream,
+    ),
+    # D is the number of states here
+    "selective_scan_fwd": Kernel(
+        "selective_scan.forward", (4, 16, 64), plain="zoh gate", extras=("", "zoh"), arguments=_scanned
+    ),
+    "selective_scan_bwd": Kernel(
+        "selective_scan.backward", (4, 16, 64), plain="zoh gate", extras=("", "zoh"), arguments=_scanned
     ),
     "dense_rows_fwd": Kernel(
         "dense.rows", (None,), plain="all", extras=("",), arguments=_wanted(_DENSE_ROWS, ["mass", "below"])

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 OLDEST = ROOT / ".triton-oldest"
 # they multiply no tiles
 WITHOUT_PRODUCTS = {"_block_bounds_kernel", "_chosen_probs_kernel", "_dense_rows_kernel", "_dense_pairs_kernel"}
+WITHOUT_PRODUCTS |= {"_group_ends_kernel", "_carry_kernel", "_selective_scan_kernel", "_sum_parts_kernel"}
+WITHOUT_PRODUCTS |= {"_group_gradients_kernel", "_states_kernel", "_selective_scan_bwd_kernel"}
 # they mask every tile
 WITHOUT_SPLIT = {"_scores_kernel", "_attention_map_kernel", "_attention_topk_kernel"}
 # an SM issues 128 lanes a clock beside 16 exponentials, and beside the products of 8 scores where D + V is 256
