@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import DEVICE, PATHS, SEEDS, assert_within_reference_error, to_numpy
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from scans import SHORT, make_case, plain_scan, short_groups, tokens  # noqa: F401
 
@@ -15,7 +15,8 @@ from causalattn.selective_scan import backward, forward, selective_scan
 RULES = st.sampled_from(["zoh", "euler"])
 SIZES = st.sampled_from([(1, 1), (3, 2), (17, 5)])
 OPTIONS = st.sampled_from(["", "D", "z initial_state", "D z initial_state"])
-few = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+# an interpreted token takes milliseconds: no shrinking
+few = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], phases=[Phase.explicit, Phase.generate])
 
 
 def upstream_of(case, seed=0):
