@@ -14,7 +14,8 @@ from the end, each formed again in registers. What sums over channels is summed 
 order; dA and dD over a group, then over groups in float64: no atomics.
 Cost: three exp2 a token, channel and state. The states before spans pass through memory once, 8·N / SPAN bytes a token
 and channel (in slices of WORKSPACE entries), and parts of dB and dC 16·N / BLOCK_E: 80 bytes together at N = 16, which
-an H200 moves in 17 ps, against 13 ps of exponentials.
+an H200 moves in 17 ps, against 13 ps of exponentials; the instructions issued take 50 ps under euler and 74 ps under
+zoh with a gate, a quarter of them the sums across lanes, so it is they that bound it.
 """
 
 # ruff: noqa: RUF005  (Triton has no unpacking)
