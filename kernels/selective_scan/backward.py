@@ -280,7 +280,9 @@ def _scan(u, delta, A, B, C, D, z, starts, ends, dout, gradients, zoh, group) ->
     batch, T, E = u.shape
     groups, N = starts.shape[1:3]
     du, ddelta, dA, dB, dC, dD, dz, dbefore = gradients
-    BLOCK_N, BLOCK_E, num_warps = tile(N, architecture(u), *((4, 2) if N <= 32 else (2, 2)))
+    # few states leave nothing for a second warp
+    per_lane, warps = (4, 1) if N <= 4 else (4, 2) if N <= 32 else (2, 2)
+    BLOCK_N, BLOCK_E, num_warps = tile(N, architecture(u), per_lane, warps)
     blocks = triton.cdiv(E, BLOCK_E)
     options = {
         "ZOH": zoh, "GROUP": group, "BLOCK_N": BLOCK_N, "BLOCK_E": BLOCK_E, "SPAN": SPAN,

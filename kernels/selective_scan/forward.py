@@ -9,7 +9,7 @@ Saved by forward: starts, 4·N / group bytes a token and channel (1 at N = 16 an
 out in a 16-bit dtype).
 Precision: float32 states and sums, decays in base 2. Groups of tokens run side by side in three passes: what each adds
 to a state of 0, the carry over groups in order, the scan itself from each group's start. The N states of a channel stay
-in one lane's registers up to N = 16.
+in one lane's registers up to N = 16, under zoh up to 8.
 Cost: two exp2 a token, channel and state (one within the first group), 10 flops under euler and 30 under zoh beside
 them; u, delta and B are read twice, C, z and out moved once. At N = 16 an H200 (4.8 TB/s; 16 exp2 a clock on each of
 132 SMs at 1.755 GHz) needs 8.6 ps a token and channel for the exponentials and 2.1 ps for the 10 bytes; the
@@ -25,8 +25,8 @@ import triton.language as tl
 from .._primitives import architecture
 from ._groups import carry, discretize, gate, load_rates, load_rows, place, store_rows, tile
 
-# states a lane holds
-PER_LANE = 16
+# states a lane holds, fewer where each step takes more
+PER_LANE = {"euler": 16, "zoh": 8}
 
 
 @triton.jit(do_not_specialize=["T", "E"])
@@ -141,7 +141,7 @@ def selective_scan_fwd(
         return out, state.copy_(before), starts
     starts[:, 0] = before.mT
     arch = architecture(u)
-    BLOCK_N, BLOCK_E, num_warps = tile(N, arch, PER_LANE)
+    BLOCK_N, BLOCK_E, num_warps = tile(N, arch, PER_LANE["zoh" if zoh else "euler"])
     blocks = triton.cdiv(E, BLOCK_E)
     options = {
         "ZOH": zoh, "GROUP": group, "BLOCK_N": BLOCK_N, "BLOCK_E": BLOCK_E,
