@@ -205,7 +205,7 @@ def assert_within_reference_error(result, plain, expected, *, axis=-1, roundings
     """
     dtype = result.dtype if isinstance(result, torch.Tensor) else torch.float64
     accumulated = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    eps = torch.finfo(dtype).eps * max(1.0, terms) + (roundings - 1) * accumulated
+    eps = (torch.finfo(dtype).eps + (roundings - 1) * accumulated) * max(1.0, terms)
     result, plain = (to_numpy(x) if isinstance(x, torch.Tensor) else np.asarray(x, float) for x in (result, plain))
     expected = np.asarray(expected, dtype=np.float64)
     assert result.shape == plain.shape == expected.shape, (result.shape, plain.shape, expected.shape)
