@@ -1,0 +1,218 @@
+"""What the kernels of the prefix integral share: groups of tokens, factors and their feature maps, products."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .._primitives import LOG2E, architecture, dot
+
+
+class Groups(NamedTuple):
+    """Sequences cut into groups of `tokens`; a segment is a sequence, and an empty one has a group too."""
+
+    tokens: int
+    sequences: int
+    each: int  # groups of a sequence, without `segment`
+    count: int  # groups of all sequences, with `segment` an upper bound
+    segment: torch.Tensor | None  # [count] int32: the sequence of a group
+    first: torch.Tensor | None  # [sequences + 1] int32: the first group of a sequence
+    bounds: torch.Tensor | None  # [sequences + 1] int32: where segments begin and end
+
+    @property
+    def tables(self) -> tuple[torch.Tensor | None, ...]:
+        return self.segment, self.first, self.bounds
+
+
+class Tiles(NamedTuple):
+    CHUNK: int
+    BLOCK_K: int
+    BLOCK_W: int
+    num_warps: int
+    num_stages: int
+
+
+class States(NamedTuple):
+    """Where each group, or each sequence of one group, starts: s [n, H, K, V] and z [n, H, K], rows `stride` apart."""
+
+    s: torch.Tensor | None
+    z: torch.Tensor | None
+    stride_s: int
+    stride_z: int
+
+
+class Factor(NamedTuple):
+    """A tensor [B, heads, T, width] of which `share` query heads read one head, and the map applied to it."""
+
+    x: torch.Tensor
+    share: int = 1
+    feature: str = "identity"
+
+
+def group_tokens(itemsize: int, arch: int) -> int:
+    """Tokens of a group: a second read of k and v costs less the longer it is, few sequences fill a GPU the shorter."""
+    return 2048 if itemsize == 2 else 1024
+
+
+def plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> Groups:
+    """The groups of q's sequences; values of cu_seqlens outside 0 … T or decreasing are moved, never followed."""
+    B, T = q.shape[0], q.shape[2]
+    tokens = group_tokens(q.element_size(), architecture(q))
+    each = max(1, triton.cdiv(T, tokens))
+    if cu_seqlens is None:
+        return Groups(tokens, B, each, B * each, None, None, None)
+    bounds = cu_seqlens.clamp(0, T).to(torch.int32).cummax(0).values
+    segments = bounds.shape[0] - 1
+    if each == 1 or segments == 0:
+        return Groups(tokens, segments, 1, segments, None, None, bounds)
+    counts = ((bounds.diff() + (tokens - 1)) // tokens).clamp(min=1)
+    first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    ids = torch.arange(each + segments, dtype=torch.int32, device=q.device)
+    segment = torch.searchsorted(first[1:], ids, right=True, out_int32=True).clamp(max=segments - 1)
+    return Groups(tokens, segments, each, each + segments, segment, first, bounds)
+
+
+def strides(x: torch.Tensor | None) -> tuple[int, ...]:
+    """Four strides, of which a tensor with three axes has its own and 0."""
+    return (0, 0, 0, 0) if x is None else (*x.stride(), 0)[:4]
+
+
+def padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+@triton.jit
+def locate(segment_ptr, first_ptr, bounds_ptr, n, each, tokens, T):
+    """Of group n: its sequence, that one's batch entry, its place among `count` groups, its first token, the end."""
+    if segment_ptr is None:
+        sequence, place, count = n // each, n % each, each
+    else:
+        sequence = tl.load(segment_ptr + n)
+        first = tl.load(first_ptr + sequence)
+        place, count = n - first, tl.load(first_ptr + sequence + 1) - first
+    if bounds_ptr is None:
+        batch, low, high = sequence, 0, T
+    else:
+        batch, low, high = 0, tl.load(bounds_ptr + sequence), tl.load(bounds_ptr + sequence + 1)
+    start = low + place * tokens
+    return sequence, batch, place, count, start, tl.minimum(start + tokens, high)
+
+
+@triton.jit
+def mapped(x, FEATURE: tl.constexpr):
+    """φ(x) in float32."""
+    x = x.to(tl.float32)
+    if FEATURE == "elu":
+        x = tl.where(x > 0, x + 1, tl.exp2(x * LOG2E))
+    elif FEATURE == "relu":
+        # no maximum: it would swallow a NaN
+        x = tl.where(x < 0, 0.0, x)
+    elif FEATURE == "exp":
+        x = tl.exp2(x * LOG2E)
+    return x
+
+
+@triton.jit
+def slope_of(x, FEATURE: tl.constexpr):
+    """φ'(x) in float32."""
+    x = x.to(tl.float32)
+    if FEATURE == "elu":
+        x = tl.where(x > 0, 1.0, tl.exp2(x * LOG2E))
+    elif FEATURE == "relu":
+        x = tl.where(x > 0, 1.0, tl.where(x == x, 0.0, x))
+    elif FEATURE == "exp":
+        x = tl.exp2(x * LOG2E)
+    else:
+        x = tl.full(x.shape, 1.0, tl.float32)
+    return x
+
+
+@triton.jit
+def load_columns(ptr, rows, exists, first, stride_t, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns first … first + BLOCK − 1 of the rows that exist, 0 elsewhere: [len(rows), BLOCK]."""
+    cols = first + tl.arange(0, BLOCK)
+    ptrs = ptr + rows[:, None].to(tl.int64) * stride_t + cols[None, :].to(tl.int64) * stride_d
+    if WIDTH % BLOCK == 0:
+        x = tl.load(ptrs, mask=exists[:, None], other=0.0)
+    else:
+        x = tl.load(ptrs, mask=exists[:, None] & (cols[None, :] < WIDTH), other=0.0)
+    return x
+
+
+@triton.jit
+def operand(x, INPUT: tl.constexpr):
+    """x as `multiply` takes it: bfloat16 and float32 inputs in their dtype, float16 ones as TF32.
+
+    TF32 has float16's ten bits of mantissa and float32's range: states and weights neither overflow nor vanish.
+    """
+    if INPUT == tl.float16:
+        x = x.to(tl.float32)
+        # to nearest: the tensor cores would cut the bits off
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    else:
+        x = x.to(INPUT)
+    return x
+
+
+@triton.jit
+def multiply(a, b, INPUT: tl.constexpr):
+    """a @ b of operands in float32."""
+    if INPUT == tl.float16:
+        y = tl.dot(a, b, input_precision="tf32")
+    else:
+        y = dot(a, b)
+    return y
+
+
+@triton.jit
+def load_factor(
+    ptr, rows, exists, first, stride_t, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FEATURE: tl.constexpr
+):
+    """`load_columns` under a feature map, an operand: φ(0) need not be 0, so what does not exist is 0 after it."""
+    x = load_columns(ptr, rows, exists, first, stride_t, stride_d, WIDTH, BLOCK)
+    INPUT: tl.constexpr = ptr.dtype.element_ty
+    if FEATURE == "identity":
+        # exact in TF32 as it is
+        y = x.to(tl.float32) if INPUT == tl.float16 else x
+    else:
+        y = operand(mapped(x, FEATURE), INPUT)
+        if FEATURE != "relu":
+            if WIDTH % BLOCK == 0:
+                y = tl.where(exists[:, None], y, 0.0)
+            else:
+                y = tl.where(exists[:, None] & ((first + tl.arange(0, BLOCK))[None, :] < WIDTH), y, 0.0)
+    return y
+
+
+@triton.jit
+def load_state(ptr, stride_k, stride_w, first_w, K, W, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr):
+    """A tile of a float32 state, zeros without one: [BLOCK_K, BLOCK_W]."""
+    if ptr is None:
+        s = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
+    else:
+        offs_k, offs_w = tl.arange(0, BLOCK_K), first_w + tl.arange(0, BLOCK_W)
+        ptrs = ptr + offs_k[:, None] * stride_k + offs_w[None, :] * stride_w
+        s = tl.load(ptrs, mask=(offs_k[:, None] < K) & (offs_w[None, :] < W), other=0.0)
+    return s
+
+
+@triton.jit
+def load_vector(ptr, offs, WIDTH):
+    """Entries offs of a float32 vector, zeros without one."""
+    if ptr is None:
+        x = tl.zeros([offs.shape[0]], tl.float32)
+    else:
+        x = tl.load(ptr + offs, mask=offs < WIDTH, other=0.0)
+    return x
+
+
+@triton.jit
+def advance(ptr, offset):
+    """ptr + offset, None where there is none."""
+    if ptr is None:
+        moved = None
+    else:
+        moved = ptr + offset
+    return moved

@@ -1,0 +1,258 @@
+"""The prefix product without decay or with one decay a token: one kernel, of which output and gradients are four uses.
+
+    y_t = ρ_t · (Σ_{s ≤ t} e^{G_t − G_s} (a_t·b_s + α_t β_s) c_s + e^{G_t} (a_t·S + α_t r)),  S ← e^{G} S + Σ_s e^{G − G_s} b_s c_sᵀ
+    reversed: y_t = Σ_{s ≥ t} e^{G_s − G_t} (a_t·b_s + β_s) u_s c_s + e^{G_end − G_t} (a_t·R + r)
+    out  = (φq, φk, v), ρ = 1 / den or the scale, den_t = Σ_{s ≤ t} e^{G_t − G_s} (a_t·b_s) + e^{G_t} a_t·z
+    dφq  = (dout, v, φk), α = −δ, β = 1, ρ = u;   with u = 1 / den or the scale and δ_t = dout_t·out_t or none,
+    dφk  = reversed (v, dout, φq), β = −δ;   dv = reversed (φk, φq, dout)
+
+Shapes: a, b [B, heads, T, K], c [B, heads, T, W], a head of a factor read by `share` query heads; decay [B, H, T], any
+strides; unit u and delta δ [B, H, T] float32; states [n, H, K, W], or [n, H, W, K] read across, with z [n, H, K] along
+the inner axis or r [n, H, W] along the outer, float32; y [B, H, T, W], times φ'(own) where own is given, then with
+moments Σ_w y φ(own) [tiles, B, H, T] float32, of which the decay's gradient is formed.
+Backward keeps q, k, v, out, den and the end state; group states are formed again, nothing is kept a chunk.
+Precision: float32 states, sums and weights; factors, weighted scores and a copy of the state meet the tensor cores in
+bfloat16, as TF32 for float16 (its mantissa and float32's range: neither a state nor dout / den leaves it) and exactly in
+float32. 1 / den multiplies float32 results or scores, never a factor. A difference of cumulated decays is one exp2;
+float32 inputs have theirs summed and subtracted in float64.
+A reversed product walks the same chunks from the last to the first: zeros on the right change no bit.
+Cost a token and head: 2·C·(K + W) + 4·K·W flops in chunks of C tokens, C exp2 with a decay, (2·K + 2·W) · itemsize
+bytes in one pass, half as much again and 16·K·W / tokens in groups. On an H200 at K = W = 128 in bfloat16, C = 64:
+98 kflop and 1024 bytes, 0.21 ns at 4.8 TB/s and 0.10 ns at the peak of its tensor cores. Expected of that bound: 70 %
+in one group, 50 to 55 % of it in several, whose own bound is 1664 bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._primitives import LOG2E, architecture
+from ._groups import (
+    Factor,
+    Groups,
+    States,
+    Tiles,
+    advance,
+    load_columns,
+    load_factor,
+    load_state,
+    load_vector,
+    locate,
+    mapped,
+    multiply,
+    operand,
+    padded,
+    slope_of,
+    strides,
+)
+
+
+def launch(K: int, W: int, itemsize: int, arch: int) -> Tiles:
+    """Tiles by the padded widths and by dtype; arch is `architecture`'s."""
+    if arch == 0:
+        return Tiles(32, K, min(W, 32), 4, 1)
+    if itemsize == 4:
+        return Tiles(16, K, min(W, 32), 4, 1)
+    return Tiles(64, K, min(W, 64), 4, 2)
+
+
+@triton.jit
+def store_product(
+    y, y_ptr, own_ptr, moment_ptr, rows, exists, first_w, stride_ot, stride_od,
+    W: tl.constexpr, BLOCK_W: tl.constexpr, FEATURE: tl.constexpr, CHANNELS: tl.constexpr,
+):
+    """Store rows of y, first through the feature map of own; y · φ(own) is kept a row or, CHANNELS, an entry."""
+    cols = first_w + tl.arange(0, BLOCK_W)
+    mask = exists[:, None] & (cols[None, :] < W)
+    offs = rows[:, None].to(tl.int64) * W + cols[None, :]
+    if own_ptr is not None:
+        own = load_columns(own_ptr, rows, exists, first_w, stride_ot, stride_od, W, BLOCK_W)
+        if moment_ptr is not None:
+            moment = y * mapped(own, FEATURE)
+            if CHANNELS:
+                tl.store(moment_ptr + offs, moment, mask=mask)
+            else:
+                tl.store(moment_ptr + rows, tl.sum(tl.where(mask, moment, 0.0), 1), mask=exists)
+        if FEATURE != "identity":
+            y *= slope_of(own, FEATURE)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_unit(ptr, rows, exists, scale):
+    """What multiplies a row: of ptr, the scale without one."""
+    if ptr is None:
+        unit = tl.zeros(rows.shape, tl.float32) + scale
+    else:
+        unit = tl.load(ptr + rows, mask=exists, other=0.0)
+    return unit
+
+
+@triton.jit
+def store_end(s, ptr, first_w, K: tl.constexpr, W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Store a tile of the state that a sequence ends with, where it is wanted."""
+    if ptr is not None:
+        offs_k, offs_w = tl.arange(0, BLOCK_K), first_w + tl.arange(0, BLOCK_W)
+        tl.store(
+            ptr + offs_k[:, None] * W + offs_w[None, :], s, mask=(offs_k[:, None] < K) & (offs_w[None, :] < W))
+
+
+@triton.jit
+def chunk_decays(ptr, rows, exists, stride_t, CHUNK: tl.constexpr, INPUT: tl.constexpr, REVERSE: tl.constexpr):
+    """Weights in base 2, of a chunk's scores and of what its rows read and write, and its decay: [C, C], [C], [C], 1."""
+    g = tl.load(ptr + rows.to(tl.int64) * stride_t, mask=exists, other=0.0).to(tl.float64) * LOG2E
+    G = tl.cumsum(g, 0)
+    end = tl.sum(tl.where(tl.arange(0, CHUNK) == CHUNK - 1, G, 0.0), 0)
+    before, after = G.to(tl.float32), (end - G).to(tl.float32)
+    if INPUT != tl.float32:
+        G = before
+    sign = -1.0 if REVERSE else 1.0
+    scores = ((G[:, None] - G[None, :]) * sign).to(tl.float32)
+    if REVERSE:
+        weights = (scores, after, before, end.to(tl.float32))
+    else:
+        weights = (scores, before, after, end.to(tl.float32))
+    return weights
+
+
+@triton.jit(do_not_specialize=["T", "scale"])
+def _product_kernel(
+    a_ptr, b_ptr, c_ptr, decay_ptr, unit_ptr, delta_ptr, own_ptr, state_ptr, vector_ptr,
+    segment_ptr, first_ptr, bounds_ptr, y_ptr, den_ptr, moment_ptr, end_ptr, end_vector_ptr,
+    stride_ab, stride_ah, stride_at, stride_ad,
+    stride_bb, stride_bh, stride_bt, stride_bd,
+    stride_cb, stride_ch, stride_ct, stride_cd,
+    stride_ob, stride_oh, stride_ot, stride_od,
+    stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_sn, stride_vn, stride_sk, stride_sw,
+    H, SHARE_A, SHARE_B, SHARE_C, SHARE_O, T, each, tokens, moment_tile, scale,
+    K: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+    FEATURE_A: tl.constexpr, FEATURE_B: tl.constexpr, FEATURE_C: tl.constexpr, FEATURE_O: tl.constexpr,
+    VECTOR: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
+):
+    tiles = tl.cdiv(W, BLOCK_W)
+    pid_w, pid_h = tl.program_id(0) % tiles, tl.program_id(0) // tiles % H
+    n = (tl.program_id(0) // (tiles * H)).to(tl.int64)
+    sequence, batch, place, count, start, stop = locate(segment_ptr, first_ptr, bounds_ptr, n, each, tokens, T)
+    if place >= count:
+        return
+    batch = tl.cast(batch, tl.int64)
+    INPUT: tl.constexpr = c_ptr.dtype.element_ty
+    first_w, head = pid_w * BLOCK_W, (batch * H + pid_h) * T
+    a_ptr += batch * stride_ab + pid_h // SHARE_A * stride_ah
+    b_ptr += batch * stride_bb + pid_h // SHARE_B * stride_bh
+    c_ptr += batch * stride_cb + pid_h // SHARE_C * stride_ch
+    own_ptr = advance(own_ptr, batch * stride_ob + pid_h // SHARE_O * stride_oh)
+    decay_ptr = advance(decay_ptr, batch * stride_gb + pid_h * stride_gh)
+    y_ptr += head * W
+    moment_ptr = advance(moment_ptr, tl.cast(pid_w, tl.int64) * moment_tile + head)
+    s = load_state(
+        advance(state_ptr, (n * H + pid_h) * stride_sn), stride_sk, stride_sw, first_w, K, W, BLOCK_K, BLOCK_W)
+    offs_v = tl.arange(0, BLOCK_K) if VECTOR == "inner" else first_w + tl.arange(0, BLOCK_W)
+    WIDTH: tl.constexpr = K if VECTOR == "inner" else W
+    vector = load_vector(advance(vector_ptr, (n * H + pid_h) * stride_vn), offs_v, WIDTH)
+
+    chunks = tl.cdiv(stop - start, CHUNK)
+    for i in range(chunks):
+        rows = start + (chunks - 1 - i if REVERSE else i) * CHUNK + tl.arange(0, CHUNK)
+        exists = rows < stop
+        a = load_factor(a_ptr, rows, exists, 0, stride_at, stride_ad, K, BLOCK_K, FEATURE_A)  # [CHUNK, BLOCK_K]
+        b = load_factor(b_ptr, rows, exists, 0, stride_bt, stride_bd, K, BLOCK_K, FEATURE_B)
+        c = load_factor(c_ptr, rows, exists, first_w, stride_ct, stride_cd, W, BLOCK_W, FEATURE_C)
+        unit = load_unit(unit_ptr, head + rows, exists, scale)
+        y = multiply(a, operand(s, INPUT), INPUT)  # [CHUNK, BLOCK_W]
+        p = multiply(a, tl.trans(b), INPUT)  # [CHUNK, CHUNK]
+        written, write = b, tl.full([CHUNK], 1.0, tl.float32)
+        if delta_ptr is not None:
+            delta = tl.load(delta_ptr + head + rows, mask=exists, other=0.0)
+            p -= delta[None, :] if REVERSE else delta[:, None]
+        if VECTOR == "outer":
+            if REVERSE:
+                y += vector[None, :]
+            else:
+                y -= delta[:, None] * vector[None, :]
+        if decay_ptr is not None:
+            scores, read, write, end = chunk_decays(decay_ptr, rows, exists, stride_gt, CHUNK, INPUT, REVERSE)
+            p *= tl.exp2(scores)
+            read, write, end = tl.exp2(read), tl.exp2(write), tl.exp2(end)
+            y *= read[:, None]
+            s *= end
+            written = written * write[:, None]
+        if REVERSE:
+            p *= unit[None, :]
+            written = written * unit[:, None]
+        offs = tl.arange(0, CHUNK)
+        seen = offs[:, None] <= offs[None, :] if REVERSE else offs[:, None] >= offs[None, :]
+        p = operand(tl.where(seen, p, 0.0), INPUT)
+        y += multiply(p, c, INPUT)
+        if NORMALIZE:
+            den = tl.sum(a.to(tl.float32) * vector[None, :], 1)
+            if decay_ptr is not None:
+                den *= read
+            den += tl.sum(p.to(tl.float32), 1)
+            y *= tl.where(den == 0, 0.0, 1 / tl.where(den == 0, 1.0, den))[:, None]
+            if pid_w == 0:
+                tl.store(den_ptr + head + rows, den, mask=exists)
+        elif not REVERSE:
+            y *= unit[:, None]
+        store_product(
+            y, y_ptr, own_ptr, moment_ptr, rows, exists, first_w, stride_ot, stride_od, W, BLOCK_W, FEATURE_O, False)
+        s += multiply(tl.trans(operand(written, INPUT)), c, INPUT)
+        if VECTOR is not None:
+            if decay_ptr is not None:
+                vector *= end
+            if VECTOR == "inner":
+                vector += tl.sum(written.to(tl.float32), 0)
+            elif REVERSE:
+                if delta_ptr is not None:
+                    vector -= tl.sum(c.to(tl.float32) * (write * unit * delta)[:, None], 0)
+            else:
+                vector += tl.sum(c.to(tl.float32) * write[:, None], 0)
+
+    if place == (0 if REVERSE else count - 1):
+        end = sequence.to(tl.int64) * H + pid_h
+        store_end(s, advance(end_ptr, end * (K * W)), first_w, K, W, BLOCK_K, BLOCK_W)
+        if end_vector_ptr is not None:
+            tl.store(end_vector_ptr + end * WIDTH + offs_v, vector, mask=offs_v < WIDTH)
+
+
+def product(
+    a: Factor,
+    b: Factor,
+    c: Factor,
+    decay: torch.Tensor | None,
+    unit: torch.Tensor | None,
+    delta: torch.Tensor | None,
+    scale: float,
+    groups: Groups,
+    states: States,
+    y: torch.Tensor,
+    *,
+    vector: str | None = None,
+    across: bool = False,
+    reverse: bool = False,
+    den: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
+    end_vector: torch.Tensor | None = None,
+    own: Factor | None = None,
+    moment: bool = False,
+) -> torch.Tensor | None:
+    """Write y, den and the end states; moments where asked for. across: states are [n, H, W, K]."""
+    B, H, T, W = y.shape
+    K = a.x.shape[3]
+    tiles = launch(padded(K), padded(W), a.x.element_size(), architecture(a.x))
+    tiles_w = max(1, triton.cdiv(W, tiles.BLOCK_W))
+    moments = torch.empty(tiles_w, B, H, T, dtype=torch.float32, device=y.device) if moment else None
+    if groups.count * H == 0:
+        return moments
+    own = own or Factor(None)
+    _product_kernel[(groups.count * H * tiles_w,)](
+        a.x, b.x, c.x, decay, unit, delta, own.x, states.s, states.z if vector else None, *groups.tables,
+        y, den, moments, end, end_vector,
+        *a.x.stride(), *b.x.stride(), *c.x.stride(), *strides(own.x), *strides(decay),
+        states.stride_s, states.stride_z, *((1, K) if across else (W, 1)),
+        H, a.share, b.share, c.share, own.share, T, groups.each, groups.tokens, B * H * T, scale,
+        K=K, W=W, FEATURE_A=a.feature, FEATURE_B=b.feature, FEATURE_C=c.feature, FEATURE_O=own.feature,
+        VECTOR=vector, NORMALIZE=den is not None, REVERSE=reverse, **tiles._asdict(), enable_fp_fusion=True,
+    )
+    return moments
