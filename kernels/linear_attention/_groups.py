@@ -73,6 +73,13 @@ def plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> Groups:
     return Groups(tokens, segments, each, each + segments, segment, first, bounds)
 
 
+def near(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x, copied where a tile of it spans more than 32-bit offsets reach."""
+    if x is None or x.dim() < 3 or 256 * max(x.stride()[2:], default=0) < 2**31:
+        return x
+    return x.contiguous()
+
+
 def strides(x: torch.Tensor | None) -> tuple[int, ...]:
     """Four strides, of which a tensor with three axes has its own and 0."""
     return (0, 0, 0, 0) if x is None else (*x.stride(), 0)[:4]
@@ -95,7 +102,8 @@ def locate(segment_ptr, first_ptr, bounds_ptr, n, each, tokens, T):
         batch, low, high = sequence, 0, T
     else:
         batch, low, high = 0, tl.load(bounds_ptr + sequence), tl.load(bounds_ptr + sequence + 1)
-    start = low + place * tokens
+    # a sequence's tokens fit 31 bits, its offsets in memory need not
+    start = (low + place * tokens).to(tl.int32)
     return sequence, batch, place, count, start, tl.minimum(start + tokens, high)
 
 
@@ -129,14 +137,16 @@ def slope_of(x, FEATURE: tl.constexpr):
 
 
 @triton.jit
-def load_columns(ptr, rows, exists, first, stride_t, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns first … first + BLOCK − 1 of the rows that exist, 0 elsewhere: [len(rows), BLOCK]."""
-    cols = first + tl.arange(0, BLOCK)
-    ptrs = ptr + rows[:, None].to(tl.int64) * stride_t + cols[None, :].to(tl.int64) * stride_d
+def load_columns(ptr, t, offs, exists, first, stride_t, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns first … first + BLOCK − 1 of those rows t + offs that exist, 0 elsewhere: [len(offs), BLOCK]."""
+    # one 64-bit pointer and 32-bit offsets, which `near` has seen to: in 64 bits they would fill the registers
+    ptr += tl.cast(t, tl.int64) * stride_t + tl.cast(first, tl.int64) * stride_d
+    cols = tl.arange(0, BLOCK)
+    ptrs = ptr + (offs[:, None] * tl.cast(stride_t, tl.int32) + cols[None, :] * tl.cast(stride_d, tl.int32))
     if WIDTH % BLOCK == 0:
         x = tl.load(ptrs, mask=exists[:, None], other=0.0)
     else:
-        x = tl.load(ptrs, mask=exists[:, None] & (cols[None, :] < WIDTH), other=0.0)
+        x = tl.load(ptrs, mask=exists[:, None] & (cols[None, :] < WIDTH - first), other=0.0)
     return x
 
 
@@ -168,10 +178,11 @@ def multiply(a, b, INPUT: tl.constexpr):
 
 @triton.jit
 def load_factor(
-    ptr, rows, exists, first, stride_t, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FEATURE: tl.constexpr
+    ptr, t, offs, exists, first, stride_t, stride_d,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, FEATURE: tl.constexpr,
 ):
     """`load_columns` under a feature map, an operand: φ(0) need not be 0, so what does not exist is 0 after it."""
-    x = load_columns(ptr, rows, exists, first, stride_t, stride_d, WIDTH, BLOCK)
+    x = load_columns(ptr, t, offs, exists, first, stride_t, stride_d, WIDTH, BLOCK)
     INPUT: tl.constexpr = ptr.dtype.element_ty
     if FEATURE == "identity":
         # exact in TF32 as it is
@@ -182,7 +193,7 @@ def load_factor(
             if WIDTH % BLOCK == 0:
                 y = tl.where(exists[:, None], y, 0.0)
             else:
-                y = tl.where(exists[:, None] & ((first + tl.arange(0, BLOCK))[None, :] < WIDTH), y, 0.0)
+                y = tl.where(exists[:, None] & (tl.arange(0, BLOCK)[None, :] < WIDTH - first), y, 0.0)
     return y
 
 

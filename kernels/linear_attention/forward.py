@@ -11,9 +11,9 @@ Precision and cost: product.py without decay or with one a token, channel.py wit
 
 import torch
 
-from ._groups import Factor, plan
+from ._groups import Factor, near, plan
 from .channel import channel_product
-from .product import product
+from .product import cumulated, product
 from .states import group_states
 
 
@@ -32,6 +32,7 @@ def linear_attention_fwd(
     """out, den (empty unless normalize), s and z; rows beyond the last segment are 0."""
     B, H, T, D = q.shape
     V = v.shape[3]
+    q, k, v = near(q), near(k), near(v)
     groups = plan(q, cu_seqlens)
     new = {"dtype": torch.float32, "device": q.device}
     allocate = torch.empty if cu_seqlens is None else torch.zeros
@@ -41,9 +42,9 @@ def linear_attention_fwd(
     share = H // k.shape[1] if H else 1
     fq, fk, fv = Factor(q, 1, feature), Factor(k, share, feature), Factor(v, share)
     states = group_states(fk, fv, decay, None, None, 1.0, groups, H, s0, z0, z=True)
-    run = channel_product if decay is not None and decay.dim() == 4 else product
-    run(
-        fq, fk, fv, decay, None, None, scale, groups, states, out,
-        vector="inner", den=den if normalize else None, end=s, end_vector=z,
-    )
+    end = {"vector": "inner", "den": den if normalize else None, "end": s, "end_vector": z}
+    if decay is not None and decay.dim() == 4:
+        channel_product(fq, fk, fv, decay, None, None, scale, groups, states, out, **end)
+    else:
+        product(fq, fk, fv, cumulated(decay, q, V, groups), None, None, scale, groups, states, out, **end)
     return out, den, s, z

@@ -58,33 +58,33 @@ def launch(K: int, W: int, itemsize: int, arch: int) -> Tiles:
 
 @triton.jit
 def store_product(
-    y, y_ptr, own_ptr, moment_ptr, rows, exists, first_w, stride_ot, stride_od,
+    y, y_ptr, own_ptr, moment_ptr, t, offs, exists, first_w, stride_ot, stride_od,
     W: tl.constexpr, BLOCK_W: tl.constexpr, FEATURE: tl.constexpr, CHANNELS: tl.constexpr,
 ):
     """Store rows of y, first through the feature map of own; y · φ(own) is kept a row or, CHANNELS, an entry."""
     cols = first_w + tl.arange(0, BLOCK_W)
     mask = exists[:, None] & (cols[None, :] < W)
-    offs = rows[:, None].to(tl.int64) * W + cols[None, :]
+    entries = tl.cast(t, tl.int64) * W + (offs[:, None] * W + cols[None, :])
     if own_ptr is not None:
-        own = load_columns(own_ptr, rows, exists, first_w, stride_ot, stride_od, W, BLOCK_W)
+        own = load_columns(own_ptr, t, offs, exists, first_w, stride_ot, stride_od, W, BLOCK_W)
         if moment_ptr is not None:
             moment = y * mapped(own, FEATURE)
             if CHANNELS:
-                tl.store(moment_ptr + offs, moment, mask=mask)
+                tl.store(moment_ptr + entries, moment, mask=mask)
             else:
-                tl.store(moment_ptr + rows, tl.sum(tl.where(mask, moment, 0.0), 1), mask=exists)
+                tl.store(moment_ptr + t + offs, tl.sum(tl.where(mask, moment, 0.0), 1), mask=exists)
         if FEATURE != "identity":
             y *= slope_of(own, FEATURE)
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + entries, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_unit(ptr, rows, exists, scale):
+def load_unit(ptr, first, offs, exists, scale):
     """What multiplies a row: of ptr, the scale without one."""
     if ptr is None:
-        unit = tl.zeros(rows.shape, tl.float32) + scale
+        unit = tl.zeros(offs.shape, tl.float32) + scale
     else:
-        unit = tl.load(ptr + rows, mask=exists, other=0.0)
+        unit = tl.load(ptr + first + offs, mask=exists, other=0.0)
     return unit
 
 
@@ -97,33 +97,63 @@ def store_end(s, ptr, first_w, K: tl.constexpr, W: tl.constexpr, BLOCK_K: tl.con
             ptr + offs_k[:, None] * W + offs_w[None, :], s, mask=(offs_k[:, None] < K) & (offs_w[None, :] < W))
 
 
+@triton.jit(do_not_specialize=["T"])
+def _cumulate_kernel(
+    decay_ptr, segment_ptr, first_ptr, bounds_ptr, G_ptr,
+    stride_gb, stride_gh, stride_gt,
+    H, T, each, tokens,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):
+    pid_h, n = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
+    _, batch, place, count, start, stop = locate(segment_ptr, first_ptr, bounds_ptr, n, each, tokens, T)
+    if place >= count:
+        return
+    batch = tl.cast(batch, tl.int64)
+    decay_ptr += batch * stride_gb + pid_h * stride_gh
+    for t in range(start, stop, CHUNK * CHUNKS):
+        rows = t + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        g = tl.load(decay_ptr + rows.to(tl.int64) * stride_gt, mask=rows < stop, other=0.0)
+        G = tl.cumsum(g.to(tl.float64) * LOG2E, 1)  # [CHUNKS, CHUNK]
+        tl.store(G_ptr + (batch * H + pid_h) * T + rows, G.to(G_ptr.dtype.element_ty), mask=rows < stop)
+
+
+def cumulated(decay: torch.Tensor | None, q: torch.Tensor, V: int, groups: Groups) -> torch.Tensor | None:
+    """The decays of each chunk summed up, in base 2: [B, H, T] float32, of which float32 inputs need float64."""
+    if decay is None:
+        return None
+    T, H = decay.shape[2], decay.shape[1]
+    G = torch.empty(decay.shape, dtype=torch.float64 if q.element_size() == 4 else torch.float32, device=q.device)
+    if G.numel():
+        chunk = launch(padded(q.shape[3]), padded(V), q.element_size(), architecture(q)).CHUNK
+        _cumulate_kernel[(groups.count * H,)](
+            decay, *groups.tables, G, *decay.stride(), H, T, groups.each, groups.tokens,
+            CHUNK=chunk, CHUNKS=512 // chunk, enable_fp_fusion=True,
+        )
+    return G
+
+
 @triton.jit
-def chunk_decays(ptr, rows, exists, stride_t, CHUNK: tl.constexpr, INPUT: tl.constexpr, REVERSE: tl.constexpr):
-    """Weights in base 2, of a chunk's scores and of what its rows read and write, and its decay: [C, C], [C], [C], 1."""
-    g = tl.load(ptr + rows.to(tl.int64) * stride_t, mask=exists, other=0.0).to(tl.float64) * LOG2E
-    G = tl.cumsum(g, 0)
-    end = tl.sum(tl.where(tl.arange(0, CHUNK) == CHUNK - 1, G, 0.0), 0)
-    before, after = G.to(tl.float32), (end - G).to(tl.float32)
-    if INPUT != tl.float32:
-        G = before
-    sign = -1.0 if REVERSE else 1.0
-    scores = ((G[:, None] - G[None, :]) * sign).to(tl.float32)
+def chunk_decays(ptr, offs, last, REVERSE: tl.constexpr):
+    """Cumulated decays of a chunk, then the weights of what its rows read and write, and its decay."""
+    # beyond the last token nothing decays
+    G = tl.load(ptr + tl.minimum(offs, last))
+    end = tl.load(ptr + last)
+    before, after, passed = tl.exp2(G.to(tl.float32)), tl.exp2((end - G).to(tl.float32)), tl.exp2(end.to(tl.float32))
     if REVERSE:
-        weights = (scores, after, before, end.to(tl.float32))
+        weights = (-G, after, before, passed)
     else:
-        weights = (scores, before, after, end.to(tl.float32))
+        weights = (G, before, after, passed)
     return weights
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
 def _product_kernel(
-    a_ptr, b_ptr, c_ptr, decay_ptr, unit_ptr, delta_ptr, own_ptr, state_ptr, vector_ptr,
+    a_ptr, b_ptr, c_ptr, G_ptr, unit_ptr, delta_ptr, own_ptr, state_ptr, vector_ptr,
     segment_ptr, first_ptr, bounds_ptr, y_ptr, den_ptr, moment_ptr, end_ptr, end_vector_ptr,
     stride_ab, stride_ah, stride_at, stride_ad,
     stride_bb, stride_bh, stride_bt, stride_bd,
     stride_cb, stride_ch, stride_ct, stride_cd,
     stride_ob, stride_oh, stride_ot, stride_od,
-    stride_gb, stride_gh, stride_gt, stride_gd,
     stride_sn, stride_vn, stride_sk, stride_sw,
     H, SHARE_A, SHARE_B, SHARE_C, SHARE_O, T, each, tokens, moment_tile, scale,
     K: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -143,7 +173,7 @@ def _product_kernel(
     b_ptr += batch * stride_bb + pid_h // SHARE_B * stride_bh
     c_ptr += batch * stride_cb + pid_h // SHARE_C * stride_ch
     own_ptr = advance(own_ptr, batch * stride_ob + pid_h // SHARE_O * stride_oh)
-    decay_ptr = advance(decay_ptr, batch * stride_gb + pid_h * stride_gh)
+    G_ptr = advance(G_ptr, head)
     y_ptr += head * W
     moment_ptr = advance(moment_ptr, tl.cast(pid_w, tl.int64) * moment_tile + head)
     s = load_state(
@@ -153,61 +183,70 @@ def _product_kernel(
     vector = load_vector(advance(vector_ptr, (n * H + pid_h) * stride_vn), offs_v, WIDTH)
 
     chunks = tl.cdiv(stop - start, CHUNK)
-    for i in range(chunks):
-        rows = start + (chunks - 1 - i if REVERSE else i) * CHUNK + tl.arange(0, CHUNK)
-        exists = rows < stop
-        a = load_factor(a_ptr, rows, exists, 0, stride_at, stride_ad, K, BLOCK_K, FEATURE_A)  # [CHUNK, BLOCK_K]
-        b = load_factor(b_ptr, rows, exists, 0, stride_bt, stride_bd, K, BLOCK_K, FEATURE_B)
-        c = load_factor(c_ptr, rows, exists, first_w, stride_ct, stride_cd, W, BLOCK_W, FEATURE_C)
-        unit = load_unit(unit_ptr, head + rows, exists, scale)
-        y = multiply(a, operand(s, INPUT), INPUT)  # [CHUNK, BLOCK_W]
+    for i in tl.range(chunks, disable_licm=True):
+        t, offs = start + (chunks - 1 - i if REVERSE else i) * CHUNK, tl.arange(0, CHUNK)
+        # whatever a tensor adds to t takes 64-bit registers
+        exists = offs < stop - t
+        unit = load_unit(unit_ptr, head + t, offs, exists, scale)
+        write = tl.full([CHUNK], 1.0, tl.float32)
+        if G_ptr is not None:
+            G, read, write, end = chunk_decays(G_ptr + t, offs, tl.minimum(CHUNK, stop - t) - 1, REVERSE)
+        if REVERSE:
+            write *= unit
+        a = load_factor(a_ptr, t, offs, exists, 0, stride_at, stride_ad, K, BLOCK_K, FEATURE_A)  # [CHUNK, BLOCK_K]
+        if NORMALIZE:
+            den = tl.sum(a.to(tl.float32) * vector[None, :], 1)
+        b = load_factor(b_ptr, t, offs, exists, 0, stride_bt, stride_bd, K, BLOCK_K, FEATURE_B)
+        if VECTOR == "inner":
+            added = tl.sum(b.to(tl.float32) * write[:, None], 0)
         p = multiply(a, tl.trans(b), INPUT)  # [CHUNK, CHUNK]
-        written, write = b, tl.full([CHUNK], 1.0, tl.float32)
         if delta_ptr is not None:
-            delta = tl.load(delta_ptr + head + rows, mask=exists, other=0.0)
+            delta = tl.load(delta_ptr + head + t + offs, mask=exists, other=0.0)
             p -= delta[None, :] if REVERSE else delta[:, None]
+        if G_ptr is not None:
+            p *= tl.exp2((G[:, None] - G[None, :]).to(tl.float32))
+        if REVERSE:
+            p *= unit[None, :]
+        seen = offs[:, None] <= offs[None, :] if REVERSE else offs[:, None] >= offs[None, :]
+        p = operand(tl.where(seen, p, 0.0), INPUT)
+        y = multiply(a, operand(s, INPUT), INPUT)  # [CHUNK, BLOCK_W]
         if VECTOR == "outer":
             if REVERSE:
                 y += vector[None, :]
             else:
                 y -= delta[:, None] * vector[None, :]
-        if decay_ptr is not None:
-            scores, read, write, end = chunk_decays(decay_ptr, rows, exists, stride_gt, CHUNK, INPUT, REVERSE)
-            p *= tl.exp2(scores)
-            read, write, end = tl.exp2(read), tl.exp2(write), tl.exp2(end)
+        c = load_factor(c_ptr, t, offs, exists, first_w, stride_ct, stride_cd, W, BLOCK_W, FEATURE_C)
+        written = c
+        if G_ptr is not None or REVERSE:
+            written = c * write[:, None]
+        if VECTOR == "outer":
+            # β is 1 or, of the reversed product, −δ
+            if not REVERSE:
+                added = tl.sum(written.to(tl.float32), 0)
+            elif delta_ptr is not None:
+                added = -tl.sum(written * delta[:, None], 0)
+            else:
+                added = tl.zeros([BLOCK_W], tl.float32)
+        if G_ptr is not None:
             y *= read[:, None]
             s *= end
-            written = written * write[:, None]
-        if REVERSE:
-            p *= unit[None, :]
-            written = written * unit[:, None]
-        offs = tl.arange(0, CHUNK)
-        seen = offs[:, None] <= offs[None, :] if REVERSE else offs[:, None] >= offs[None, :]
-        p = operand(tl.where(seen, p, 0.0), INPUT)
-        y += multiply(p, c, INPUT)
-        if NORMALIZE:
-            den = tl.sum(a.to(tl.float32) * vector[None, :], 1)
-            if decay_ptr is not None:
+            if VECTOR is not None:
+                vector *= end
+            if NORMALIZE:
                 den *= read
+        if VECTOR is not None:
+            vector += added
+        y += multiply(p, c, INPUT)
+        s += multiply(tl.trans(b), operand(written, INPUT), INPUT)
+        if NORMALIZE:
             den += tl.sum(p.to(tl.float32), 1)
             y *= tl.where(den == 0, 0.0, 1 / tl.where(den == 0, 1.0, den))[:, None]
             if pid_w == 0:
-                tl.store(den_ptr + head + rows, den, mask=exists)
+                tl.store(den_ptr + head + t + offs, den, mask=exists)
         elif not REVERSE:
             y *= unit[:, None]
         store_product(
-            y, y_ptr, own_ptr, moment_ptr, rows, exists, first_w, stride_ot, stride_od, W, BLOCK_W, FEATURE_O, False)
-        s += multiply(tl.trans(operand(written, INPUT)), c, INPUT)
-        if VECTOR is not None:
-            if decay_ptr is not None:
-                vector *= end
-            if VECTOR == "inner":
-                vector += tl.sum(written.to(tl.float32), 0)
-            elif REVERSE:
-                if delta_ptr is not None:
-                    vector -= tl.sum(c.to(tl.float32) * (write * unit * delta)[:, None], 0)
-            else:
-                vector += tl.sum(c.to(tl.float32) * write[:, None], 0)
+            y, y_ptr, own_ptr, moment_ptr, t, offs, exists, first_w, stride_ot, stride_od, W, BLOCK_W, FEATURE_O, False)
 
     if place == (0 if REVERSE else count - 1):
         end = sequence.to(tl.int64) * H + pid_h
@@ -220,7 +259,7 @@ def product(
     a: Factor,
     b: Factor,
     c: Factor,
-    decay: torch.Tensor | None,
+    G: torch.Tensor | None,
     unit: torch.Tensor | None,
     delta: torch.Tensor | None,
     scale: float,
@@ -247,9 +286,9 @@ def product(
         return moments
     own = own or Factor(None)
     _product_kernel[(groups.count * H * tiles_w,)](
-        a.x, b.x, c.x, decay, unit, delta, own.x, states.s, states.z if vector else None, *groups.tables,
+        a.x, b.x, c.x, G, unit, delta, own.x, states.s, states.z if vector else None, *groups.tables,
         y, den, moments, end, end_vector,
-        *a.x.stride(), *b.x.stride(), *c.x.stride(), *strides(own.x), *strides(decay),
+        *a.x.stride(), *b.x.stride(), *c.x.stride(), *strides(own.x),
         states.stride_s, states.stride_z, *((1, K) if across else (W, 1)),
         H, a.share, b.share, c.share, own.share, T, groups.each, groups.tokens, B * H * T, scale,
         K=K, W=W, FEATURE_A=a.feature, FEATURE_B=b.feature, FEATURE_C=c.feature, FEATURE_O=own.feature,

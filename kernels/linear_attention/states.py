@@ -77,17 +77,18 @@ def _states_kernel(
     for i in range(chunks):
         t = start + (chunks - 1 - i if REVERSE else i) * CHUNK
         # the token nearest to where the state is wanted comes first: a weight is a sum over those before it
-        rows = t + tl.arange(0, CHUNK) if REVERSE else t + CHUNK - 1 - tl.arange(0, CHUNK)
+        offs = tl.arange(0, CHUNK) if REVERSE else CHUNK - 1 - tl.arange(0, CHUNK)
+        rows = t + offs
         exists = rows < stop
-        b = load_factor(b_ptr, rows, exists, first_k, stride_bt, stride_bd, K, BLOCK_K, FEATURE)  # [CHUNK, BLOCK_K]
-        c = load_factor(c_ptr, rows, exists, first_w, stride_ct, stride_cd, V, BLOCK_W, "identity")
+        b = load_factor(b_ptr, t, offs, exists, first_k, stride_bt, stride_bd, K, BLOCK_K, FEATURE)  # [CHUNK, BLOCK_K]
+        c = load_factor(c_ptr, t, offs, exists, first_w, stride_ct, stride_cd, V, BLOCK_W, "identity")
         if decay_ptr is not None:
-            later = rows if REVERSE else rows + 1
-            within = (later < stop) & (later < t + CHUNK)
+            later = offs if REVERSE else offs + 1
+            within = (t + later < stop) & (later < CHUNK)
             if CHANNELS:
-                g = load_columns(decay_ptr, later, within, first_k, stride_gt, stride_gd, K, BLOCK_K)
+                g = load_columns(decay_ptr, t, later, within, first_k, stride_gt, stride_gd, K, BLOCK_K)
             else:
-                g = tl.load(decay_ptr + later.to(tl.int64) * stride_gt, mask=within, other=0.0)
+                g = tl.load(decay_ptr + (t + later).to(tl.int64) * stride_gt, mask=within, other=0.0)
             g = g.to(tl.float32) * LOG2E
             passed = tl.sum(g, 0)
             if not REVERSE:
@@ -144,6 +145,7 @@ def _scan_kernel(
     x = tl.zeros([ELEMENTS], tl.float32)
     if s0_ptr is not None:
         x += tl.load(s0_ptr + (sequence * H + pid_h) * (K * V) + offs, mask=in_s, other=0.0)
+    if z0_ptr is not None:
         x += tl.load(z0_ptr + (sequence * H + pid_h) * K + channel, mask=in_z, other=0.0)
     for i in range(count - 1):
         n = (first + (count - 1 - i if REVERSE else i)).to(tl.int64) * H + pid_h
