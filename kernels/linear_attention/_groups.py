@@ -227,3 +227,44 @@ def advance(ptr, offset):
     else:
         moved = ptr + offset
     return moved
+
+
+@triton.jit
+def store_product(
+    y, y_ptr, own_ptr, moment_ptr, t, offs, exists, first_w, stride_ot, stride_od,
+    W: tl.constexpr, BLOCK_W: tl.constexpr, FEATURE: tl.constexpr, CHANNELS: tl.constexpr,
+):
+    """Store rows of y, first through the feature map of own; y · φ(own) is kept a row or, CHANNELS, an entry."""
+    cols = first_w + tl.arange(0, BLOCK_W)
+    mask = exists[:, None] & (cols[None, :] < W)
+    entries = tl.cast(t, tl.int64) * W + (offs[:, None] * W + cols[None, :])
+    if own_ptr is not None:
+        own = load_columns(own_ptr, t, offs, exists, first_w, stride_ot, stride_od, W, BLOCK_W)
+        if moment_ptr is not None:
+            moment = y * mapped(own, FEATURE)
+            if CHANNELS:
+                tl.store(moment_ptr + entries, moment, mask=mask)
+            else:
+                tl.store(moment_ptr + t + offs, tl.sum(tl.where(mask, moment, 0.0), 1), mask=exists)
+        if FEATURE != "identity":
+            y *= slope_of(own, FEATURE)
+    tl.store(y_ptr + entries, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_unit(ptr, first, offs, exists, scale):
+    """What multiplies a row: of ptr, the scale without one."""
+    if ptr is None:
+        unit = tl.zeros(offs.shape, tl.float32) + scale
+    else:
+        unit = tl.load(ptr + first + offs, mask=exists, other=0.0)
+    return unit
+
+
+@triton.jit
+def store_end(s, ptr, first_w, K: tl.constexpr, W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Store a tile of the state that a sequence ends with, where it is wanted."""
+    if ptr is not None:
+        offs_k, offs_w = tl.arange(0, BLOCK_K), first_w + tl.arange(0, BLOCK_W)
+        tl.store(
+            ptr + offs_k[:, None] * W + offs_w[None, :], s, mask=(offs_k[:, None] < K) & (offs_w[None, :] < W))
