@@ -9,6 +9,9 @@ import triton.language as tl
 from .._primitives import LOG2E, architecture, dot
 
 
+SLICE = tl.constexpr(16)  # of float32 operands, along the axis that a product sums over
+
+
 class Groups(NamedTuple):
     """Sequences cut into groups of `tokens`; a segment is a sequence, and an empty one has a group too."""
 
@@ -171,6 +174,11 @@ def multiply(a, b, INPUT: tl.constexpr):
     """a @ b of operands in float32."""
     if INPUT == tl.float16:
         y = tl.dot(a, b, input_precision="tf32")
+    elif INPUT == tl.float32 and a.shape[1] > SLICE:
+        # without tensor cores a thread holds whole rows of its operands: one slice of them each
+        SLICES: tl.constexpr = a.shape[1] // SLICE
+        x = tl.permute(tl.reshape(a, [a.shape[0], SLICES, SLICE]), [1, 0, 2])
+        y = tl.sum(dot(x, tl.reshape(b, [SLICES, SLICE, b.shape[1]])), 0)
     else:
         y = dot(a, b)
     return y
