@@ -48,9 +48,17 @@ class States(NamedTuple):
 class Factor(NamedTuple):
     """A tensor [B, heads, T, width] of which `share` query heads read one head, and the map applied to it."""
 
-    x: torch.Tensor
+    x: torch.Tensor | None
     share: int = 1
     feature: str = "identity"
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return (0, 0) if self.x is None else self.x.stride()[:2]
+
+    @property
+    def row(self) -> int:
+        return 0 if self.x is None else self.x.stride(2)
 
 
 def group_tokens(itemsize: int, arch: int) -> int:
@@ -76,16 +84,9 @@ def plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> Groups:
     return Groups(tokens, segments, each, each + segments, segment, first, bounds)
 
 
-def near(x: torch.Tensor | None) -> torch.Tensor | None:
-    """x, copied where a tile of it spans more than 32-bit offsets reach."""
-    if x is None or x.dim() < 3 or 256 * max(x.stride()[2:], default=0) < 2**31:
-        return x
-    return x.contiguous()
-
-
-def strides(x: torch.Tensor | None) -> tuple[int, ...]:
-    """Four strides, of which a tensor with three axes has its own and 0."""
-    return (0, 0, 0, 0) if x is None else (*x.stride(), 0)[:4]
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x with contiguous rows, copied where it has none."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def padded(width: int) -> int:
@@ -115,10 +116,10 @@ def mapped(x, FEATURE: tl.constexpr):
     """φ(x) in float32."""
     x = x.to(tl.float32)
     if FEATURE == "elu":
-        x = tl.where(x > 0, x + 1, tl.exp2(x * LOG2E))
+        below = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.exp2(below * LOG2E) + tl.maximum(x, 0.0)
     elif FEATURE == "relu":
-        # no maximum: it would swallow a NaN
-        x = tl.where(x < 0, 0.0, x)
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif FEATURE == "exp":
         x = tl.exp2(x * LOG2E)
     return x
@@ -140,16 +141,16 @@ def slope_of(x, FEATURE: tl.constexpr):
 
 
 @triton.jit
-def load_columns(ptr, t, offs, exists, first, stride_t, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns first … first + BLOCK − 1 of those rows t + offs that exist, 0 elsewhere: [len(offs), BLOCK]."""
-    # one 64-bit pointer and 32-bit offsets, which `near` has seen to: in 64 bits they would fill the registers
-    ptr += tl.cast(t, tl.int64) * stride_t + tl.cast(first, tl.int64) * stride_d
+def load_columns(
+    ptr, t, offs, exists, first, ROW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OTHER: tl.constexpr = 0.0
+):
+    """Columns first … first + BLOCK − 1 of those rows t + offs that exist, OTHER elsewhere: [len(offs), BLOCK]."""
     cols = tl.arange(0, BLOCK)
-    ptrs = ptr + (offs[:, None] * tl.cast(stride_t, tl.int32) + cols[None, :] * tl.cast(stride_d, tl.int32))
+    ptrs = ptr + tl.cast(t, tl.int64) * ROW + first + (offs[:, None].to(tl.int64) * ROW + cols[None, :])
     if WIDTH % BLOCK == 0:
-        x = tl.load(ptrs, mask=exists[:, None], other=0.0)
+        x = tl.load(ptrs, mask=exists[:, None], other=OTHER)
     else:
-        x = tl.load(ptrs, mask=exists[:, None] & (cols[None, :] < WIDTH - first), other=0.0)
+        x = tl.load(ptrs, mask=exists[:, None] & (cols[None, :] < WIDTH - first), other=OTHER)
     return x
 
 
@@ -185,24 +186,35 @@ def multiply(a, b, INPUT: tl.constexpr):
 
 
 @triton.jit
+def product_vector(a, x, INPUT: tl.constexpr):
+    """a @ x for a float32 vector x, to float32: its leading digits, the next ones and the last are operands each."""
+    high = operand(x, INPUT)
+    rest = x - high.to(tl.float32)
+    middle = operand(rest, INPUT)
+    low = operand(rest - middle.to(tl.float32), INPUT)
+    col = tl.arange(0, 16)[None, :]
+    columns = tl.where(col == 0, high[:, None], tl.where(col == 1, middle[:, None], low[:, None]))
+    return tl.sum(multiply(a, tl.where(col < 3, columns, 0.0).to(high.dtype), INPUT), 1)
+
+
+@triton.jit
 def load_factor(
-    ptr, t, offs, exists, first, stride_t, stride_d,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, FEATURE: tl.constexpr,
+    ptr, t, offs, exists, first,
+    ROW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FEATURE: tl.constexpr,
 ):
     """`load_columns` under a feature map, an operand: φ(0) need not be 0, so what does not exist is 0 after it."""
-    x = load_columns(ptr, t, offs, exists, first, stride_t, stride_d, WIDTH, BLOCK)
+    x = load_columns(ptr, t, offs, exists, first, ROW, WIDTH, BLOCK)
     INPUT: tl.constexpr = ptr.dtype.element_ty
-    if FEATURE == "identity":
+    if FEATURE != "identity":
+        x = operand(mapped(x, FEATURE), INPUT)
+        if WIDTH % BLOCK == 0:
+            x = tl.where(exists[:, None], x, 0.0)
+        else:
+            x = tl.where(exists[:, None] & (tl.arange(0, BLOCK)[None, :] < WIDTH - first), x, 0.0)
+    elif INPUT == tl.float16:
         # exact in TF32 as it is
-        y = x.to(tl.float32) if INPUT == tl.float16 else x
-    else:
-        y = operand(mapped(x, FEATURE), INPUT)
-        if FEATURE != "relu":
-            if WIDTH % BLOCK == 0:
-                y = tl.where(exists[:, None], y, 0.0)
-            else:
-                y = tl.where(exists[:, None] & (tl.arange(0, BLOCK)[None, :] < WIDTH - first), y, 0.0)
-    return y
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -239,15 +251,15 @@ def advance(ptr, offset):
 
 @triton.jit
 def store_product(
-    y, y_ptr, own_ptr, moment_ptr, t, offs, exists, first_w, stride_ot, stride_od,
-    W: tl.constexpr, BLOCK_W: tl.constexpr, FEATURE: tl.constexpr, CHANNELS: tl.constexpr,
+    y, y_ptr, own_ptr, moment_ptr, t, offs, exists, first_w,
+    ROW: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, FEATURE: tl.constexpr, CHANNELS: tl.constexpr,
 ):
     """Store rows of y, first through the feature map of own; y · φ(own) is kept a row or, CHANNELS, an entry."""
     cols = first_w + tl.arange(0, BLOCK_W)
     mask = exists[:, None] & (cols[None, :] < W)
     entries = tl.cast(t, tl.int64) * W + (offs[:, None] * W + cols[None, :])
     if own_ptr is not None:
-        own = load_columns(own_ptr, t, offs, exists, first_w, stride_ot, stride_od, W, BLOCK_W)
+        own = load_columns(own_ptr, t, offs, exists, first_w, ROW, W, BLOCK_W)
         if moment_ptr is not None:
             moment = y * mapped(own, FEATURE)
             if CHANNELS:
@@ -260,12 +272,12 @@ def store_product(
 
 
 @triton.jit
-def load_unit(ptr, first, offs, exists, scale):
-    """What multiplies a row: of ptr, the scale without one."""
+def load_unit(ptr, offs, exists, scale):
+    """A number for each row: of ptr, the scale without one."""
     if ptr is None:
         unit = tl.zeros(offs.shape, tl.float32) + scale
     else:
-        unit = tl.load(ptr + first + offs, mask=exists, other=0.0)
+        unit = tl.load(ptr + offs, mask=exists, other=0.0)
     return unit
 
 

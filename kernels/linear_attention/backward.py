@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._groups import Factor, Groups, States, advance, locate, near, padded, plan
+from ._groups import Factor, Groups, States, advance, locate, padded, plan, rows
 from .channel import channel_product
 from .product import cumulated, product
 from .states import group_states
@@ -154,14 +154,15 @@ def linear_attention_bwd(
     """dq, dk, dv, ddecay (float32, empty unless decay_grad), ds0 and dz0."""
     B, H, T, D = q.shape
     V = v.shape[3]
-    q, k, v, dout = (near(x) for x in (q, k, v, dout))
+    q, k, v, dout = (rows(x) for x in (q, k, v, dout))
+    channels = decay is not None and decay.dim() == 4
+    decay = rows(decay) if channels else decay
     groups = plan(q, cu_seqlens)
     share = H // k.shape[1] if H else 1
     unit, delta = _unit(out, dout, den, groups) if normalize else (None, None)
     fq, fk, fv, fd = Factor(q, 1, feature), Factor(k, share, feature), Factor(v, share), Factor(dout)
     before = group_states(fk, fv, decay, None, None, 1.0, groups, H, s0, z0, z=True)
     after = group_states(fq, fd, decay, unit, delta, scale, groups, H, ds, dz, z=normalize, reverse=True)
-    channels = decay is not None and decay.dim() == 4
     run, G = (channel_product, decay) if channels else (product, cumulated(decay, q, V, groups))
 
     new = {"dtype": torch.float32, "device": q.device}

@@ -35,7 +35,6 @@ from ._groups import (
     padded,
     store_end,
     store_product,
-    strides,
 )
 
 
@@ -45,12 +44,11 @@ def launch(K: int, W: int, itemsize: int, arch: int) -> Tiles:
 
 
 @triton.jit
-def load_row(ptr, t, stop, first, stride_t, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def load_row(ptr, t, stop, first, ROW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A row in float32, 0 beyond its end and from stop on: [BLOCK]."""
     cols = tl.arange(0, BLOCK)
-    ptr += tl.cast(t, tl.int64) * stride_t + tl.cast(first, tl.int64) * stride_d
     width = tl.where(t < stop, WIDTH - first, 0)
-    return tl.load(ptr + cols * stride_d, mask=cols < width, other=0.0).to(tl.float32)
+    return tl.load(ptr + tl.cast(t, tl.int64) * ROW + first + cols, mask=cols < width, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -68,7 +66,7 @@ def step(near, far, g, j, offs, BEFORE: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def paired(
-    a, b_ptr, decay_ptr, t, stop, offs, stride_bt, stride_bd, stride_gt, stride_gd,
+    a, b_ptr, decay_ptr, t, stop, offs, ROW_B: tl.constexpr, ROW_G: tl.constexpr,
     K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, FEATURE: tl.constexpr, INPUT: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
@@ -79,11 +77,11 @@ def paired(
     cols = tl.arange(0, CHUNK)
     for i in tl.static_range(CHUNK):
         j = i if REVERSE else CHUNK - 1 - i
-        g = load_row(decay_ptr, t + j, stop, 0, stride_gt, stride_gd, K, BLOCK_K) * LOG2E
+        g = load_row(decay_ptr, t + j, stop, 0, ROW_G, K, BLOCK_K) * LOG2E
         total += g
         near, far = step(near, far, g, j, offs, True, REVERSE)
         # what lies beyond K or stop is 0 in a, or masked
-        b = load_row(b_ptr, t + j, stop, 0, stride_bt, stride_bd, K, BLOCK_K)
+        b = load_row(b_ptr, t + j, stop, 0, ROW_B, K, BLOCK_K)
         b = operand(mapped(b, FEATURE), INPUT).to(tl.float32)
         score = tl.sum(a * b[None, :] * tl.exp2(near), 1)
         p = tl.where(cols[None, :] == j, score[:, None], p)
@@ -93,7 +91,7 @@ def paired(
 
 @triton.jit
 def spread(
-    p, c_ptr, decay_ptr, t, stop, first_w, offs, stride_ct, stride_cd, stride_gt, stride_gd,
+    p, c_ptr, decay_ptr, t, stop, first_w, offs, ROW_C: tl.constexpr, ROW_G: tl.constexpr,
     W: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK: tl.constexpr, FEATURE: tl.constexpr, INPUT: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
@@ -104,10 +102,10 @@ def spread(
     cols = tl.arange(0, CHUNK)
     for i in tl.static_range(CHUNK):
         j = i if REVERSE else CHUNK - 1 - i
-        g = load_row(decay_ptr, t + j, stop, first_w, stride_gt, stride_gd, W, BLOCK_W) * LOG2E
+        g = load_row(decay_ptr, t + j, stop, first_w, ROW_G, W, BLOCK_W) * LOG2E
         total += g
         near, far = step(near, far, g, j, offs, True, REVERSE)
-        c = load_row(c_ptr, t + j, stop, first_w, stride_ct, stride_cd, W, BLOCK_W)
+        c = load_row(c_ptr, t + j, stop, first_w, ROW_C, W, BLOCK_W)
         c = operand(mapped(c, FEATURE), INPUT).to(tl.float32)
         score = tl.sum(tl.where(cols[None, :] == j, p, 0.0), 1)
         seen = offs[:, None] <= j if REVERSE else offs[:, None] >= j
@@ -120,13 +118,14 @@ def spread(
 def _channel_kernel(
     a_ptr, b_ptr, c_ptr, decay_ptr, unit_ptr, delta_ptr, own_ptr, state_ptr, vector_ptr,
     segment_ptr, first_ptr, bounds_ptr, y_ptr, den_ptr, moment_ptr, end_ptr, end_vector_ptr,
-    stride_ab, stride_ah, stride_at, stride_ad,
-    stride_bb, stride_bh, stride_bt, stride_bd,
-    stride_cb, stride_ch, stride_ct, stride_cd,
-    stride_ob, stride_oh, stride_ot, stride_od,
-    stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_ab, stride_ah,
+    stride_bb, stride_bh,
+    stride_cb, stride_ch,
+    stride_ob, stride_oh,
+    stride_gb, stride_gh,
     stride_sn, stride_vn, stride_sk, stride_sw,
     H, SHARE_A, SHARE_B, SHARE_C, SHARE_O, T, each, tokens, scale,
+    ROW_A: tl.constexpr, ROW_B: tl.constexpr, ROW_C: tl.constexpr, ROW_O: tl.constexpr, ROW_G: tl.constexpr,
     K: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     FEATURE_A: tl.constexpr, FEATURE_B: tl.constexpr, FEATURE_C: tl.constexpr, FEATURE_O: tl.constexpr,
     VECTOR: tl.constexpr, OUTER: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
@@ -155,18 +154,18 @@ def _channel_kernel(
     for i in tl.range(chunks, disable_licm=True):
         t, offs = start + (chunks - 1 - i if REVERSE else i) * CHUNK, tl.arange(0, CHUNK)
         exists = offs < stop - t
-        unit = load_unit(unit_ptr, head + t, offs, exists, scale)
-        delta = load_unit(delta_ptr, head + t, offs, exists, 0.0)
-        a = load_factor(a_ptr, t, offs, exists, 0, stride_at, stride_ad, K, BLOCK_K, FEATURE_A)  # [CHUNK, BLOCK_K]
-        b = load_factor(b_ptr, t, offs, exists, 0, stride_bt, stride_bd, K, BLOCK_K, FEATURE_B)
-        c = load_factor(c_ptr, t, offs, exists, first_w, stride_ct, stride_cd, W, BLOCK_W, FEATURE_C)
+        unit = load_unit(advance(unit_ptr, head + t), offs, exists, scale)
+        delta = load_unit(advance(delta_ptr, head + t), offs, exists, 0.0)
+        a = load_factor(a_ptr, t, offs, exists, 0, ROW_A, K, BLOCK_K, FEATURE_A)  # [CHUNK, BLOCK_K]
+        b = load_factor(b_ptr, t, offs, exists, 0, ROW_B, K, BLOCK_K, FEATURE_B)
+        c = load_factor(c_ptr, t, offs, exists, first_w, ROW_C, W, BLOCK_W, FEATURE_C)
         seen = offs[:, None] <= offs[None, :] if REVERSE else offs[:, None] >= offs[None, :]
         of_row = unit if REVERSE else tl.full([CHUNK], 1.0, tl.float32)
         if OUTER:
             p = multiply(a, tl.trans(b), INPUT)  # [CHUNK, CHUNK]
             p = tl.where(seen, p - (delta[None, :] if REVERSE else delta[:, None]), 0.0)
             y, read, write, total = spread(
-                p * of_row[None, :], c_ptr, decay_ptr, t, stop, first_w, offs, stride_ct, stride_cd, stride_gt, stride_gd,
+                p * of_row[None, :], c_ptr, decay_ptr, t, stop, first_w, offs, ROW_C, ROW_G,
                 W, BLOCK_W, CHUNK, FEATURE_C, INPUT, REVERSE)
             x = multiply(a, operand(s, INPUT), INPUT)  # [CHUNK, BLOCK_W]
             if VECTOR is not None:
@@ -178,7 +177,7 @@ def _channel_kernel(
             added = tl.sum(written * -delta[:, None] if REVERSE else written, 0)
         else:
             p, read, write, total = paired(
-                a.to(tl.float32), b_ptr, decay_ptr, t, stop, offs, stride_bt, stride_bd, stride_gt, stride_gd,
+                a.to(tl.float32), b_ptr, decay_ptr, t, stop, offs, ROW_B, ROW_G,
                 K, BLOCK_K, CHUNK, FEATURE_B, INPUT, REVERSE)
             p = operand(tl.where(seen, p * of_row[None, :], 0.0), INPUT)
             x = a * tl.exp2(read)
@@ -197,7 +196,7 @@ def _channel_kernel(
             y *= unit[:, None]
         store_product(
             y, advance(y_ptr, head * W), own_ptr, advance(moment_ptr, head * W), t, offs, exists, first_w,
-            stride_ot, stride_od, W, BLOCK_W, FEATURE_O, True)
+            ROW_O, W, BLOCK_W, FEATURE_O, True)
 
     if place == (0 if REVERSE else count - 1):
         end = sequence.to(tl.int64) * H + pid_h
@@ -238,10 +237,10 @@ def channel_product(
     _channel_kernel[(groups.count * H * max(1, triton.cdiv(W, tiles.BLOCK_W)),)](
         a.x, b.x, c.x, decay, unit, delta, own.x, states.s, states.z if vector else None, *groups.tables,
         y, den, moments, end, end_vector,
-        *a.x.stride(), *b.x.stride(), *c.x.stride(), *strides(own.x), *decay.stride(),
+        *a.heads, *b.heads, *c.heads, *own.heads, *decay.stride()[:2],
         states.stride_s, states.stride_z, *((1, K) if across else (W, 1)),
         H, a.share, b.share, c.share, own.share, T, groups.each, groups.tokens, scale,
-        K=K, W=W, FEATURE_A=a.feature, FEATURE_B=b.feature, FEATURE_C=c.feature, FEATURE_O=own.feature,
+        ROW_A=a.row, ROW_B=b.row, ROW_C=c.row, ROW_O=own.row, ROW_G=decay.stride(2), K=K, W=W, FEATURE_A=a.feature, FEATURE_B=b.feature, FEATURE_C=c.feature, FEATURE_O=own.feature,
         VECTOR=vector, OUTER=across, NORMALIZE=den is not None, REVERSE=reverse, **tiles._asdict(),
         enable_fp_fusion=True,
     )

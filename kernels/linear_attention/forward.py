@@ -11,7 +11,7 @@ Precision and cost: product.py without decay or with one a token, channel.py wit
 
 import torch
 
-from ._groups import Factor, near, plan
+from ._groups import Factor, plan, rows
 from .channel import channel_product
 from .product import cumulated, product
 from .states import group_states
@@ -32,7 +32,9 @@ def linear_attention_fwd(
     """out, den (empty unless normalize), s and z; rows beyond the last segment are 0."""
     B, H, T, D = q.shape
     V = v.shape[3]
-    q, k, v = near(q), near(k), near(v)
+    q, k, v = rows(q), rows(k), rows(v)
+    if decay is not None and decay.dim() == 4:
+        decay = rows(decay)
     groups = plan(q, cu_seqlens)
     new = {"dtype": torch.float32, "device": q.device}
     allocate = torch.empty if cu_seqlens is None else torch.zeros

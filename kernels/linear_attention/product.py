@@ -41,9 +41,9 @@ from ._groups import (
     multiply,
     operand,
     padded,
+    product_vector,
     store_end,
     store_product,
-    strides,
 )
 
 
@@ -92,29 +92,86 @@ def cumulated(decay: torch.Tensor | None, q: torch.Tensor, V: int, groups: Group
 
 
 @triton.jit
-def chunk_decays(ptr, offs, last, REVERSE: tl.constexpr):
-    """Cumulated decays of a chunk, then the weights of what its rows read and write, and its decay."""
-    # beyond the last token nothing decays
-    G = tl.load(ptr + tl.minimum(offs, last))
-    end = tl.load(ptr + last)
-    before, after, passed = tl.exp2(G.to(tl.float32)), tl.exp2((end - G).to(tl.float32)), tl.exp2(end.to(tl.float32))
+def chunk_decay(ptr, offs, exists, REVERSE: tl.constexpr):
+    """G of a chunk's rows, read anew wherever it is needed: kept, it would fill the registers.
+
+    A row beyond the last token weighs nothing where it is read; where it reads, whatever it reads is dropped.
+    """
+    return tl.load(ptr + offs, mask=exists, other=float("-inf") if REVERSE else 0.0)
+
+
+@triton.jit
+def scores(
+    a, b, G_ptr, unit_ptr, delta_ptr, offs, exists, scale,
+    CHUNK: tl.constexpr, INPUT: tl.constexpr, REVERSE: tl.constexpr,
+):
+    """Weights of a chunk's rows of c in each of its rows of y, an operand: [CHUNK, CHUNK]."""
+    p = multiply(a, tl.trans(b), INPUT)
+    if delta_ptr is not None:
+        delta = load_unit(delta_ptr, offs, exists, 0.0)
+        p -= delta[None, :] if REVERSE else delta[:, None]
+    if G_ptr is not None:
+        G = chunk_decay(G_ptr, offs, exists, REVERSE)
+        x = G[None, :] - G[:, None] if REVERSE else G[:, None] - G[None, :]
+        p *= tl.exp2(x.to(tl.float32))
     if REVERSE:
-        weights = (-G, after, before, passed)
+        p *= load_unit(unit_ptr, offs, exists, scale)[None, :]
+        seen = offs[:, None] <= offs[None, :]
     else:
-        weights = (G, before, after, passed)
-    return weights
+        seen = offs[:, None] >= offs[None, :]
+    return operand(tl.where(seen, p, 0.0), INPUT)
+
+
+@triton.jit
+def decayed(x, G_ptr, offs, exists, last, BEFORE: tl.constexpr, REVERSE: tl.constexpr):
+    """Rows of x by what decays between them and the state BEFORE the chunk, or after it, as the product walks."""
+    if G_ptr is not None:
+        G = chunk_decay(G_ptr, offs, exists, REVERSE)
+        if BEFORE == REVERSE:
+            G = tl.load(G_ptr + last) - G
+        weight = tl.exp2(G.to(tl.float32))
+        x = x * (weight if len(x.shape) == 1 else weight[:, None])
+    return x
+
+
+@triton.jit
+def next_state(
+    s, vector, b, c, G_ptr, unit_ptr, delta_ptr, offs, exists, last, scale,
+    CHUNK: tl.constexpr, INPUT: tl.constexpr, VECTOR: tl.constexpr, REVERSE: tl.constexpr,
+):
+    """The state that a chunk leaves."""
+    weight = decayed(tl.full([CHUNK], 1.0, tl.float32), G_ptr, offs, exists, last, False, REVERSE)
+    if G_ptr is not None:
+        end = tl.exp2(tl.load(G_ptr + last).to(tl.float32))
+        s *= end
+        vector *= end
+    x = c
+    if REVERSE:
+        weight *= load_unit(unit_ptr, offs, exists, scale)
+    if REVERSE or G_ptr is not None:
+        x = operand(c * weight[:, None], INPUT)
+    s += multiply(tl.trans(b), x, INPUT)
+    if VECTOR == "inner":
+        vector += product_vector(tl.trans(b), weight, INPUT)
+    elif VECTOR == "outer":
+        # β is 1 or, of the reversed product, −δ
+        if REVERSE:
+            weight *= -load_unit(delta_ptr, offs, exists, 0.0)
+        vector += product_vector(tl.trans(c), weight, INPUT)
+    return s, vector
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
 def _product_kernel(
     a_ptr, b_ptr, c_ptr, G_ptr, unit_ptr, delta_ptr, own_ptr, state_ptr, vector_ptr,
     segment_ptr, first_ptr, bounds_ptr, y_ptr, den_ptr, moment_ptr, end_ptr, end_vector_ptr,
-    stride_ab, stride_ah, stride_at, stride_ad,
-    stride_bb, stride_bh, stride_bt, stride_bd,
-    stride_cb, stride_ch, stride_ct, stride_cd,
-    stride_ob, stride_oh, stride_ot, stride_od,
+    stride_ab, stride_ah,
+    stride_bb, stride_bh,
+    stride_cb, stride_ch,
+    stride_ob, stride_oh,
     stride_sn, stride_vn, stride_sk, stride_sw,
     H, SHARE_A, SHARE_B, SHARE_C, SHARE_O, T, each, tokens, moment_tile, scale,
+    ROW_A: tl.constexpr, ROW_B: tl.constexpr, ROW_C: tl.constexpr, ROW_O: tl.constexpr,
     K: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     FEATURE_A: tl.constexpr, FEATURE_B: tl.constexpr, FEATURE_C: tl.constexpr, FEATURE_O: tl.constexpr,
     VECTOR: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
@@ -132,7 +189,8 @@ def _product_kernel(
     b_ptr += batch * stride_bb + pid_h // SHARE_B * stride_bh
     c_ptr += batch * stride_cb + pid_h // SHARE_C * stride_ch
     own_ptr = advance(own_ptr, batch * stride_ob + pid_h // SHARE_O * stride_oh)
-    G_ptr = advance(G_ptr, head)
+    G_ptr, unit_ptr, delta_ptr = advance(G_ptr, head), advance(unit_ptr, head), advance(delta_ptr, head)
+    den_ptr = advance(den_ptr, head)
     y_ptr += head * W
     moment_ptr = advance(moment_ptr, tl.cast(pid_w, tl.int64) * moment_tile + head)
     s = load_state(
@@ -146,66 +204,37 @@ def _product_kernel(
         t, offs = start + (chunks - 1 - i if REVERSE else i) * CHUNK, tl.arange(0, CHUNK)
         # whatever a tensor adds to t takes 64-bit registers
         exists = offs < stop - t
-        unit = load_unit(unit_ptr, head + t, offs, exists, scale)
-        write = tl.full([CHUNK], 1.0, tl.float32)
-        if G_ptr is not None:
-            G, read, write, end = chunk_decays(G_ptr + t, offs, tl.minimum(CHUNK, stop - t) - 1, REVERSE)
-        if REVERSE:
-            write *= unit
-        a = load_factor(a_ptr, t, offs, exists, 0, stride_at, stride_ad, K, BLOCK_K, FEATURE_A)  # [CHUNK, BLOCK_K]
+        G_at, unit_at, delta_at = advance(G_ptr, t), advance(unit_ptr, t), advance(delta_ptr, t)
+        last = tl.minimum(CHUNK, stop - t) - 1
+        a = load_factor(a_ptr, t, offs, exists, 0, ROW_A, K, BLOCK_K, FEATURE_A)  # [CHUNK, BLOCK_K]
         if NORMALIZE:
-            den = tl.sum(a.to(tl.float32) * vector[None, :], 1)
-        b = load_factor(b_ptr, t, offs, exists, 0, stride_bt, stride_bd, K, BLOCK_K, FEATURE_B)
-        if VECTOR == "inner":
-            added = tl.sum(b.to(tl.float32) * write[:, None], 0)
-        p = multiply(a, tl.trans(b), INPUT)  # [CHUNK, CHUNK]
-        if delta_ptr is not None:
-            delta = tl.load(delta_ptr + head + t + offs, mask=exists, other=0.0)
-            p -= delta[None, :] if REVERSE else delta[:, None]
-        if G_ptr is not None:
-            p *= tl.exp2((G[:, None] - G[None, :]).to(tl.float32))
-        if REVERSE:
-            p *= unit[None, :]
-        seen = offs[:, None] <= offs[None, :] if REVERSE else offs[:, None] >= offs[None, :]
-        p = operand(tl.where(seen, p, 0.0), INPUT)
+            den = product_vector(a, vector, INPUT)
+        b = load_factor(b_ptr, t, offs, exists, 0, ROW_B, K, BLOCK_K, FEATURE_B)
+        p = scores(a, b, G_at, unit_at, delta_at, offs, exists, scale, CHUNK, INPUT, REVERSE)
+        if NORMALIZE and G_ptr is not None:
+            # early, where decays leave few registers for scores; late, where they need none
+            den = decayed(den, G_at, offs, exists, last, True, REVERSE) + tl.sum(p.to(tl.float32), 1)
         y = multiply(a, operand(s, INPUT), INPUT)  # [CHUNK, BLOCK_W]
         if VECTOR == "outer":
             if REVERSE:
                 y += vector[None, :]
             else:
-                y -= delta[:, None] * vector[None, :]
-        c = load_factor(c_ptr, t, offs, exists, first_w, stride_ct, stride_cd, W, BLOCK_W, FEATURE_C)
-        written = c
-        if G_ptr is not None or REVERSE:
-            written = c * write[:, None]
-        if VECTOR == "outer":
-            # β is 1 or, of the reversed product, −δ
-            if not REVERSE:
-                added = tl.sum(written.to(tl.float32), 0)
-            elif delta_ptr is not None:
-                added = -tl.sum(written * delta[:, None], 0)
-            else:
-                added = tl.zeros([BLOCK_W], tl.float32)
-        if G_ptr is not None:
-            y *= read[:, None]
-            s *= end
-            if VECTOR is not None:
-                vector *= end
-            if NORMALIZE:
-                den *= read
-        if VECTOR is not None:
-            vector += added
+                y -= load_unit(delta_at, offs, exists, 0.0)[:, None] * vector[None, :]
+        y = decayed(y, G_at, offs, exists, last, True, REVERSE)
+        c = load_factor(c_ptr, t, offs, exists, first_w, ROW_C, W, BLOCK_W, FEATURE_C)
         y += multiply(p, c, INPUT)
-        s += multiply(tl.trans(b), operand(written, INPUT), INPUT)
+        s, vector = next_state(
+            s, vector, b, c, G_at, unit_at, delta_at, offs, exists, last, scale, CHUNK, INPUT, VECTOR, REVERSE)
         if NORMALIZE:
-            den += tl.sum(p.to(tl.float32), 1)
-            y *= tl.where(den == 0, 0.0, 1 / tl.where(den == 0, 1.0, den))[:, None]
+            if G_ptr is None:
+                den += tl.sum(p.to(tl.float32), 1)
             if pid_w == 0:
-                tl.store(den_ptr + head + t + offs, den, mask=exists)
+                tl.store(den_ptr + t + offs, den, mask=exists)
+            y *= tl.where(den == 0, 0.0, 1 / tl.where(den == 0, 1.0, den))[:, None]
         elif not REVERSE:
-            y *= unit[:, None]
+            y *= load_unit(unit_at, offs, exists, scale)[:, None]
         store_product(
-            y, y_ptr, own_ptr, moment_ptr, t, offs, exists, first_w, stride_ot, stride_od, W, BLOCK_W, FEATURE_O, False)
+            y, y_ptr, own_ptr, moment_ptr, t, offs, exists, first_w, ROW_O, W, BLOCK_W, FEATURE_O, False)
 
     if place == (0 if REVERSE else count - 1):
         end = sequence.to(tl.int64) * H + pid_h
@@ -247,10 +276,10 @@ def product(
     _product_kernel[(groups.count * H * tiles_w,)](
         a.x, b.x, c.x, G, unit, delta, own.x, states.s, states.z if vector else None, *groups.tables,
         y, den, moments, end, end_vector,
-        *a.x.stride(), *b.x.stride(), *c.x.stride(), *strides(own.x),
+        *a.heads, *b.heads, *c.heads, *own.heads,
         states.stride_s, states.stride_z, *((1, K) if across else (W, 1)),
         H, a.share, b.share, c.share, own.share, T, groups.each, groups.tokens, B * H * T, scale,
-        K=K, W=W, FEATURE_A=a.feature, FEATURE_B=b.feature, FEATURE_C=c.feature, FEATURE_O=own.feature,
+        ROW_A=a.row, ROW_B=b.row, ROW_C=c.row, ROW_O=own.row, K=K, W=W, FEATURE_A=a.feature, FEATURE_B=b.feature, FEATURE_C=c.feature, FEATURE_O=own.feature,
         VECTOR=vector, NORMALIZE=den is not None, REVERSE=reverse, **tiles._asdict(), enable_fp_fusion=True,
     )
     return moments

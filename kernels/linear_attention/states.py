@@ -28,7 +28,6 @@ from ._groups import (
     multiply,
     operand,
     padded,
-    strides,
 )
 
 ELEMENTS = 512  # of a state, a program of the scan
@@ -46,10 +45,11 @@ def launch(K: int, V: int, itemsize: int, arch: int) -> Tiles:
 @triton.jit(do_not_specialize=["T", "scale"])
 def _states_kernel(
     b_ptr, c_ptr, decay_ptr, unit_ptr, delta_ptr, segment_ptr, first_ptr, bounds_ptr, state_ptr, total_ptr,
-    stride_bb, stride_bh, stride_bt, stride_bd,
-    stride_cb, stride_ch, stride_ct, stride_cd,
-    stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_bb, stride_bh,
+    stride_cb, stride_ch,
+    stride_gb, stride_gh, stride_gt,
     H, SHARE_B, SHARE_C, T, each, tokens, scale,
+    ROW_B: tl.constexpr, ROW_C: tl.constexpr, ROW_G: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     FEATURE: tl.constexpr, CHANNELS: tl.constexpr, Z: tl.constexpr, REVERSE: tl.constexpr,
 ):
@@ -80,13 +80,13 @@ def _states_kernel(
         offs = tl.arange(0, CHUNK) if REVERSE else CHUNK - 1 - tl.arange(0, CHUNK)
         rows = t + offs
         exists = rows < stop
-        b = load_factor(b_ptr, t, offs, exists, first_k, stride_bt, stride_bd, K, BLOCK_K, FEATURE)  # [CHUNK, BLOCK_K]
-        c = load_factor(c_ptr, t, offs, exists, first_w, stride_ct, stride_cd, V, BLOCK_W, "identity")
+        b = load_factor(b_ptr, t, offs, exists, first_k, ROW_B, K, BLOCK_K, FEATURE)  # [CHUNK, BLOCK_K]
+        c = load_factor(c_ptr, t, offs, exists, first_w, ROW_C, V, BLOCK_W, "identity")
         if decay_ptr is not None:
             later = offs if REVERSE else offs + 1
             within = (t + later < stop) & (later < CHUNK)
             if CHANNELS:
-                g = load_columns(decay_ptr, t, later, within, first_k, stride_gt, stride_gd, K, BLOCK_K)
+                g = load_columns(decay_ptr, t, later, within, first_k, ROW_G, K, BLOCK_K)
             else:
                 g = tl.load(decay_ptr + (t + later).to(tl.int64) * stride_gt, mask=within, other=0.0)
             g = g.to(tl.float32) * LOG2E
@@ -94,7 +94,7 @@ def _states_kernel(
             if not REVERSE:
                 head = decay_ptr + tl.cast(t, tl.int64) * stride_gt
                 if CHANNELS:
-                    passed += tl.load(head + offs_k * stride_gd, mask=offs_k < K, other=0.0).to(tl.float32) * LOG2E
+                    passed += tl.load(head + offs_k, mask=offs_k < K, other=0.0).to(tl.float32) * LOG2E
                 else:
                     passed += tl.load(head).to(tl.float32) * LOG2E
             total += passed
@@ -189,9 +189,10 @@ def group_states(
     tiles = launch(padded(K), padded(V), b.x.element_size(), architecture(b.x))
     grid = groups.count * heads * triton.cdiv(K, tiles.BLOCK_K) * max(1, triton.cdiv(V, tiles.BLOCK_W))
     _states_kernel[(grid,)](
-        b.x, c.x, decay, unit, delta, *groups.tables, state, total, *b.x.stride(), *c.x.stride(), *strides(decay),
+        b.x, c.x, decay, unit, delta, *groups.tables, state, total, *b.heads, *c.heads,
+        *((0, 0, 0) if decay is None else decay.stride()[:3]),
         heads, b.share, c.share, b.x.shape[2], groups.each, groups.tokens, scale,
-        K=K, V=V, FEATURE=b.feature, CHANNELS=channels, Z=z, REVERSE=reverse, **tiles._asdict(), enable_fp_fusion=True,
+        ROW_B=b.row, ROW_C=c.row, ROW_G=decay.stride(2) if channels else 0, K=K, V=V, FEATURE=b.feature, CHANNELS=channels, Z=z, REVERSE=reverse, **tiles._asdict(), enable_fp_fusion=True,
     )
     _scan_kernel[(groups.sequences * heads * triton.cdiv(width, ELEMENTS),)](
         state, total, s0, z0, groups.first, heads, groups.each,
