@@ -185,7 +185,7 @@ def linear_attention_bwd(
     if decay_grad:
         ddecay = _decay_gradient(moment_q, moment_k, groups, before, after, s, z, channels, allocate)
     if share > 1:
-        dk, dv = (x.view(B, H // share, share, T, -1).sum(2).to(q.dtype) for x in (dk, dv))
+        dk, dv = (x.unflatten(1, (-1, share)).sum(2).to(q.dtype) for x in (dk, dv))
     return dq, dk, dv, ddecay, ds0, dz0
 
 
