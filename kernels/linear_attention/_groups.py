@@ -188,13 +188,17 @@ def multiply(a, b, INPUT: tl.constexpr):
 @triton.jit
 def product_vector(a, x, INPUT: tl.constexpr):
     """a @ x for a float32 vector x, to float32: its leading digits, the next ones and the last are operands each."""
-    high = operand(x, INPUT)
-    rest = x - high.to(tl.float32)
-    middle = operand(rest, INPUT)
-    low = operand(rest - middle.to(tl.float32), INPUT)
-    col = tl.arange(0, 16)[None, :]
-    columns = tl.where(col == 0, high[:, None], tl.where(col == 1, middle[:, None], low[:, None]))
-    return tl.sum(multiply(a, tl.where(col < 3, columns, 0.0).to(high.dtype), INPUT), 1)
+    if INPUT == tl.float32:
+        y = tl.sum(a * x[None, :], 1)
+    else:
+        high = operand(x, INPUT)
+        rest = x - high.to(tl.float32)
+        middle = operand(rest, INPUT)
+        low = operand(rest - middle.to(tl.float32), INPUT)
+        col = tl.arange(0, 16)[None, :]
+        columns = tl.where(col == 0, high[:, None], tl.where(col == 1, middle[:, None], low[:, None]))
+        y = tl.sum(multiply(a, tl.where(col < 3, columns, 0.0).to(high.dtype), INPUT), 1)
+    return y
 
 
 @triton.jit

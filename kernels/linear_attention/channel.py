@@ -38,9 +38,14 @@ from ._groups import (
 )
 
 
-def launch(K: int, W: int, itemsize: int, arch: int) -> Tiles:
-    """Tiles by the padded widths and by dtype; arch is `architecture`'s."""
-    return Tiles(16, K, min(W, 64), 4, 1)
+def launch(K: int, W: int, dtype: torch.dtype, arch: int) -> Tiles:
+    """Tiles by the padded widths and by dtype: of an inner decay every tile of c costs its exponentials again."""
+    D = max(K, W)
+    if arch == 0:
+        return Tiles(16, K, min(W, 32), 4, 1)
+    if dtype == torch.float32:
+        return Tiles(16, K, min(W, 32 if D <= 64 else 16), 8, 1)
+    return Tiles(16, K, W if D <= 128 else min(W, 64), 4 if D <= 64 else 8, 1)
 
 
 @triton.jit
@@ -75,7 +80,7 @@ def paired(
     total = tl.zeros([BLOCK_K], tl.float32)
     p = tl.zeros([CHUNK, CHUNK], tl.float32)
     cols = tl.arange(0, CHUNK)
-    for i in tl.static_range(CHUNK):
+    for i in tl.range(CHUNK, loop_unroll_factor=4 if BLOCK_K <= 128 else 1):
         j = i if REVERSE else CHUNK - 1 - i
         g = load_row(decay_ptr, t + j, stop, 0, ROW_G, K, BLOCK_K) * LOG2E
         total += g
@@ -100,7 +105,7 @@ def spread(
     total = tl.zeros([BLOCK_W], tl.float32)
     y = tl.zeros([CHUNK, BLOCK_W], tl.float32)
     cols = tl.arange(0, CHUNK)
-    for i in tl.static_range(CHUNK):
+    for i in tl.range(CHUNK, loop_unroll_factor=1 if INPUT == tl.float16 else 2):
         j = i if REVERSE else CHUNK - 1 - i
         g = load_row(decay_ptr, t + j, stop, first_w, ROW_G, W, BLOCK_W) * LOG2E
         total += g
@@ -229,7 +234,7 @@ def channel_product(
     """`product` with a decay a channel, on the outer axis where states are read across."""
     B, H, T, W = y.shape
     K = a.x.shape[3]
-    tiles = launch(padded(K), padded(W), a.x.element_size(), architecture(a.x))
+    tiles = launch(padded(K), padded(W), a.x.dtype, architecture(a.x))
     moments = torch.empty(1, B, H, T, W, dtype=torch.float32, device=y.device) if moment else None
     if groups.count * H == 0:
         return moments

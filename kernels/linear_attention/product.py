@@ -47,13 +47,27 @@ from ._groups import (
 )
 
 
-def launch(K: int, W: int, itemsize: int, arch: int) -> Tiles:
-    """Tiles by the padded widths and by dtype; arch is `architecture`'s."""
+def launch(K: int, W: int, dtype: torch.dtype, arch: int, decayed: bool, own: bool) -> Tiles:
+    """Tiles by the padded widths and by dtype, CHUNK by no more than these; arch is `architecture`'s.
+
+    What keeps registers: the weights of a decayed forward product, and own with its map.
+    """
+    D = max(K, W)
     if arch == 0:
         return Tiles(32, K, min(W, 32), 4, 1)
-    if itemsize == 4:
-        return Tiles(16, K, min(W, 32), 4, 1)
-    return Tiles(64, K, min(W, 64), 4, 2)
+    if dtype == torch.float32:
+        return Tiles(16, K, min(W, 64 if D <= 64 else 32 if D <= 128 else 16), 8, 1)
+    if arch not in (90, 100):
+        return Tiles(32, K, min(W, 64), 8, 1) if D <= 128 else Tiles(16, K, min(W, 32), 8, 1)
+    if dtype == torch.float16:
+        if D > 128:
+            return Tiles(16, K, min(W, 32), 8, 1)
+        return Tiles(64, K, min(W, 32), 4, 1) if D <= 64 else Tiles(64, K, min(W, 16 if own else 32), 8, 1)
+    if D <= 64:
+        return Tiles(64, K, W, 8 if own else 4, 2)
+    if D <= 128:
+        return Tiles(64, K, min(W, 64), 8, 1) if decayed or own else Tiles(64, K, W, 8, 2)
+    return Tiles(64, K, min(W, 32), 8, 1)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -83,7 +97,7 @@ def cumulated(decay: torch.Tensor | None, q: torch.Tensor, V: int, groups: Group
     T, H = decay.shape[2], decay.shape[1]
     G = torch.empty(decay.shape, dtype=torch.float64 if q.element_size() == 4 else torch.float32, device=q.device)
     if G.numel():
-        chunk = launch(padded(q.shape[3]), padded(V), q.element_size(), architecture(q)).CHUNK
+        chunk = launch(padded(q.shape[3]), padded(V), q.dtype, architecture(q), True, False).CHUNK
         _cumulate_kernel[(groups.count * H,)](
             decay, *groups.tables, G, *decay.stride(), H, T, groups.each, groups.tokens,
             CHUNK=chunk, CHUNKS=512 // chunk, enable_fp_fusion=True,
@@ -267,7 +281,8 @@ def product(
     """Write y, den and the end states; moments where asked for. across: states are [n, H, W, K]."""
     B, H, T, W = y.shape
     K = a.x.shape[3]
-    tiles = launch(padded(K), padded(W), a.x.element_size(), architecture(a.x))
+    decayed = G is not None and not reverse
+    tiles = launch(padded(K), padded(W), a.x.dtype, architecture(a.x), decayed, own is not None)
     tiles_w = max(1, triton.cdiv(W, tiles.BLOCK_W))
     moments = torch.empty(tiles_w, B, H, T, dtype=torch.float32, device=y.device) if moment else None
     if groups.count * H == 0:

@@ -33,13 +33,11 @@ from ._groups import (
 ELEMENTS = 512  # of a state, a program of the scan
 
 
-def launch(K: int, V: int, itemsize: int, arch: int) -> Tiles:
-    """Tiles by the padded widths of b and c and by dtype; arch is `architecture`'s."""
-    if arch == 0:
-        return Tiles(32, min(K, 64), min(V, 32), 4, 1)
-    if itemsize == 4:
+def launch(K: int, V: int, itemsize: int, arch: int, channels: bool) -> Tiles:
+    """Tiles by the padded widths of b and c and by dtype, narrower with a decay a channel."""
+    if arch == 0 or itemsize == 4:
         return Tiles(32, min(K, 32), min(V, 32), 4, 1)
-    return Tiles(64, min(K, 128), min(V, 64), 4, 2)
+    return Tiles(64, min(K, 64 if channels else 128), min(V, 64), 4, 2)
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -186,7 +184,7 @@ def group_states(
     state = torch.empty(groups.count, heads, width, dtype=torch.float32, device=b.x.device)
     shape = (groups.count, heads, K) if channels else (groups.count, heads)
     total = None if decay is None else torch.empty(shape, dtype=torch.float32, device=b.x.device)
-    tiles = launch(padded(K), padded(V), b.x.element_size(), architecture(b.x))
+    tiles = launch(padded(K), padded(V), b.x.element_size(), architecture(b.x), channels)
     grid = groups.count * heads * triton.cdiv(K, tiles.BLOCK_K) * max(1, triton.cdiv(V, tiles.BLOCK_W))
     _states_kernel[(grid,)](
         b.x, c.x, decay, unit, delta, *groups.tables, state, total, *b.heads, *c.heads,
