@@ -8,6 +8,9 @@ from .backward import linear_attend_backward
 from .prefix import prefix_product
 from .sequences import inverse, sequences
 
+# tokens of a head that are made ready at once: what a cache holds
+PART = 4096
+
 
 @torch.library.custom_op("causalattn::linear_attention", mutates_args=())
 def linear_attend(
@@ -88,8 +91,9 @@ def _linear_attend_torch(
     if cu_seqlens is not None:
         # rows beyond the last segment
         out.zero_(), den.zero_()
-    for x in sequences(q, k, v, decay, s0, z0, cu_seqlens, feature):
-        y, state = prefix_product(x.q, x.k, x.v, x.decay, x.state, "contracted")
+    for x in sequences(q, k, v, decay, s0, z0, cu_seqlens, feature, PART):
+        state = x.state if x.begins else state
+        y, state = prefix_product(x.q, x.k, x.v, x.decay, state, "contracted")
         num, weight = y[: x.T].split((x.V, 1), 1)
         if normalize:
             den[x.b, x.h, x.tokens] = weight[:, 0]

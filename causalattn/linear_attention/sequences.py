@@ -13,11 +13,15 @@ from .prefix import padded
 class Sequence:
     """φ(q), φ(k) and [v, 1] of query head h in whole chunks, zeros beyond the sequence, in the accumulation dtype.
 
-    The column of ones makes z the last column of S: numerator and denominator are one product.
+    Of a part of a sequence, begins says whether it is the first. The column of ones makes z the last column of S:
+    numerator and denominator are one product.
     """
 
-    def __init__(self, inputs: tuple[Tensor | None, ...], feature: str, n: int, b: int, h: int, tokens: slice):
+    def __init__(
+        self, inputs: tuple[Tensor | None, ...], feature: str, n: int, b: int, h: int, tokens: slice, begins: bool
+    ):
         q, k, v, decay, s0, z0 = inputs
+        self.begins = begins
         self.n, self.b, self.h, self.tokens = n, b, h, tokens
         self.kv_head = h // (q.shape[1] // k.shape[1])
         self.dtype = accumulator(q)
@@ -39,9 +43,12 @@ def with_ones(v: Tensor) -> Tensor:
 
 def sequences(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, s0: Tensor | None, z0: Tensor | None,
-    cu_seqlens: Tensor | None, feature: str,
+    cu_seqlens: Tensor | None, feature: str, length: int | None = None,
 ) -> Iterator[Sequence]:  # fmt: skip
-    """Every head of every sequence or segment, autocast off: it would round products to 16 bits."""
+    """Every head of every sequence or segment, whole or `length` tokens of it after another.
+
+    Autocast is off: it would round products to 16 bits.
+    """
     T = q.shape[2]
     if cu_seqlens is None:
         places = [(b, b, slice(0, T)) for b in range(q.shape[0])]
@@ -52,7 +59,9 @@ def sequences(
     with torch.autocast(q.device.type, enabled=False):
         for n, b, tokens in places:
             for h in range(q.shape[1]):
-                yield Sequence((q, k, v, decay, s0, z0), feature, n, b, h, tokens)
+                for first in range(tokens.start, max(tokens.stop, tokens.start + 1), length or max(1, T)):
+                    part = slice(first, tokens.stop if length is None else min(first + length, tokens.stop))
+                    yield Sequence((q, k, v, decay, s0, z0), feature, n, b, h, part, first == tokens.start)
 
 
 def inverse(den: Tensor) -> Tensor:
