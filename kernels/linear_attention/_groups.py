@@ -8,8 +8,8 @@ import triton.language as tl
 
 from .._primitives import LOG2E, architecture, dot
 
-
-SLICE = tl.constexpr(16)  # of float32 operands, along the axis that a product sums over
+# of float32 operands, along the axis that a product sums over
+SLICE = tl.constexpr(16)
 
 
 class Groups(NamedTuple):
@@ -107,8 +107,9 @@ def locate(segment_ptr, first_ptr, bounds_ptr, n, each, tokens, T):
     else:
         batch, low, high = 0, tl.load(bounds_ptr + sequence), tl.load(bounds_ptr + sequence + 1)
     # a sequence's tokens fit 31 bits, its offsets in memory need not
-    start = (low + place * tokens).to(tl.int32)
-    return sequence, batch, place, count, start, tl.minimum(start + tokens, high)
+    start = tl.cast(low + place * tokens, tl.int32)
+    stop = tl.minimum(start + tokens, high)
+    return tl.cast(sequence, tl.int64), tl.cast(batch, tl.int64), place, count, start, stop
 
 
 @triton.jit
@@ -286,9 +287,30 @@ def load_unit(ptr, offs, exists, scale):
 
 
 @triton.jit
-def store_end(s, ptr, first_w, K: tl.constexpr, W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Store a tile of the state that a sequence ends with, where it is wanted."""
-    if ptr is not None:
+def causal(offs, REVERSE: tl.constexpr):
+    """Which rows (first axis) read which (second axis)."""
+    if REVERSE:
+        seen = offs[:, None] <= offs[None, :]
+    else:
+        seen = offs[:, None] >= offs[None, :]
+    return seen
+
+
+@triton.jit
+def divided(y, den):
+    """Rows of y by den, 0 where it is 0."""
+    return y * tl.where(den == 0, 0.0, 1 / tl.where(den == 0, 1.0, den))[:, None]
+
+
+@triton.jit
+def store_end(
+    s, vector, s_ptr, vector_ptr, n, first_w, offs_v, WIDTH,
+    K: tl.constexpr, W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+):
+    """Store a tile of the state that sequence and head n end with, and its vector, where they are wanted."""
+    if s_ptr is not None:
         offs_k, offs_w = tl.arange(0, BLOCK_K), first_w + tl.arange(0, BLOCK_W)
-        tl.store(
-            ptr + offs_k[:, None] * W + offs_w[None, :], s, mask=(offs_k[:, None] < K) & (offs_w[None, :] < W))
+        ptrs = s_ptr + n * (K * W) + offs_k[:, None] * W + offs_w[None, :]
+        tl.store(ptrs, s, mask=(offs_k[:, None] < K) & (offs_w[None, :] < W))
+    if vector_ptr is not None:
+        tl.store(vector_ptr + n * WIDTH + offs_v, vector, mask=offs_v < WIDTH)

@@ -91,9 +91,10 @@ def _decay_bwd_kernel(
     sequence, batch, place, count, start, stop = locate(segment_ptr, first_ptr, bounds_ptr, n, each, tokens, T)
     if place >= count:
         return
-    left, head = count - 1 - place, (tl.cast(batch, tl.int64) * H + pid_h) * T
-    end = sequence.to(tl.int64) * H + pid_h
-    ds_ptr, dz_ptr = advance(ds_ptr, (n * H + pid_h) * stride_ds), advance(dz_ptr, (n * H + pid_h) * stride_dz)
+    left, head = count - 1 - place, (batch * H + pid_h) * T
+    end = sequence * H + pid_h
+    ds_ptr = advance(ds_ptr, (n * H + pid_h) * stride_ds)
+    dz_ptr = advance(dz_ptr, (n * H + pid_h) * stride_dz)
     before_ptr = advance(before_ptr, ((n + 1) * H + pid_h) * stride_before)
 
     # of all that comes after the group only the states know
@@ -193,7 +194,7 @@ def _decay_gradient(
     moment_q, moment_k, groups: Groups, before: States, after: States, s, z, channels: bool, allocate
 ) -> torch.Tensor:
     """ddecay [B, H, T] or, channels, [B, H, T, D], float32."""
-    tiles, B, H, T = moment_q.shape[:4]
+    tiles, _, H, T = moment_q.shape[:4]
     K, V = s.shape[2:]
     ddecay = allocate(moment_q.shape[1:], dtype=torch.float32, device=s.device)
     if ddecay.numel():
@@ -202,7 +203,7 @@ def _decay_gradient(
             moment_q, moment_k, after.s, after.z, before.s if groups.each > 1 else None, s.contiguous(), z.contiguous(),
             *groups.tables, ddecay, after.stride_s, after.stride_z, before.stride_s, moment_q.stride(0),
             H, T, groups.each, groups.tokens,
-            K=K, V=V, TILES=tiles, CHANNELS=channels, BLOCK_K=BLOCK_K, BLOCK_V=padded(V), CHUNK=64,
+            K=K, V=V, TILES=tiles, CHANNELS=channels, BLOCK_K=BLOCK_K, BLOCK_V=padded(V), CHUNK=32,
             enable_fp_fusion=True,
         )
     return ddecay

@@ -24,6 +24,8 @@ from ._groups import (
     States,
     Tiles,
     advance,
+    causal,
+    divided,
     load_factor,
     load_state,
     load_unit,
@@ -45,6 +47,8 @@ def launch(K: int, W: int, dtype: torch.dtype, arch: int) -> Tiles:
         return Tiles(16, K, min(W, 32), 4, 1)
     if dtype == torch.float32:
         return Tiles(16, K, min(W, 32 if D <= 64 else 16), 8, 1)
+    if arch not in (90, 100):
+        return Tiles(16, K, min(W, 64 if D <= 128 else 32), 8, 1)
     return Tiles(16, K, W if D <= 128 else min(W, 64), 4 if D <= 64 else 8, 1)
 
 
@@ -100,7 +104,7 @@ def spread(
     W: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK: tl.constexpr, FEATURE: tl.constexpr, INPUT: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """Masked scores of a block times its decayed rows of c, then log-weights and decays as `paired` has them."""
+    """Scores of a block times the decayed rows of c that each row reads, log-weights and decays as in `paired`."""
     near, far = tl.zeros([CHUNK, BLOCK_W], tl.float32), tl.zeros([CHUNK, BLOCK_W], tl.float32)
     total = tl.zeros([BLOCK_W], tl.float32)
     y = tl.zeros([CHUNK, BLOCK_W], tl.float32)
@@ -133,7 +137,7 @@ def _channel_kernel(
     ROW_A: tl.constexpr, ROW_B: tl.constexpr, ROW_C: tl.constexpr, ROW_O: tl.constexpr, ROW_G: tl.constexpr,
     K: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     FEATURE_A: tl.constexpr, FEATURE_B: tl.constexpr, FEATURE_C: tl.constexpr, FEATURE_O: tl.constexpr,
-    VECTOR: tl.constexpr, OUTER: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
+    OUTER: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
 ):
     tiles = tl.cdiv(W, BLOCK_W)
     pid_w, pid_h = tl.program_id(0) % tiles, tl.program_id(0) // tiles % H
@@ -141,7 +145,6 @@ def _channel_kernel(
     sequence, batch, place, count, start, stop = locate(segment_ptr, first_ptr, bounds_ptr, n, each, tokens, T)
     if place >= count:
         return
-    batch = tl.cast(batch, tl.int64)
     INPUT: tl.constexpr = c_ptr.dtype.element_ty
     first_w, head = pid_w * BLOCK_W, (batch * H + pid_h) * T
     a_ptr += batch * stride_ab + pid_h // SHARE_A * stride_ah
@@ -151,8 +154,8 @@ def _channel_kernel(
     decay_ptr += batch * stride_gb + pid_h * stride_gh
     s = load_state(
         advance(state_ptr, (n * H + pid_h) * stride_sn), stride_sk, stride_sw, first_w, K, W, BLOCK_K, BLOCK_W)
-    offs_v = tl.arange(0, BLOCK_K) if VECTOR == "inner" else first_w + tl.arange(0, BLOCK_W)
-    WIDTH: tl.constexpr = K if VECTOR == "inner" else W
+    offs_v = first_w + tl.arange(0, BLOCK_W) if OUTER else tl.arange(0, BLOCK_K)
+    WIDTH: tl.constexpr = W if OUTER else K
     vector = load_vector(advance(vector_ptr, (n * H + pid_h) * stride_vn), offs_v, WIDTH)
 
     chunks = tl.cdiv(stop - start, CHUNK)
@@ -164,17 +167,14 @@ def _channel_kernel(
         a = load_factor(a_ptr, t, offs, exists, 0, ROW_A, K, BLOCK_K, FEATURE_A)  # [CHUNK, BLOCK_K]
         b = load_factor(b_ptr, t, offs, exists, 0, ROW_B, K, BLOCK_K, FEATURE_B)
         c = load_factor(c_ptr, t, offs, exists, first_w, ROW_C, W, BLOCK_W, FEATURE_C)
-        seen = offs[:, None] <= offs[None, :] if REVERSE else offs[:, None] >= offs[None, :]
         of_row = unit if REVERSE else tl.full([CHUNK], 1.0, tl.float32)
         if OUTER:
-            p = multiply(a, tl.trans(b), INPUT)  # [CHUNK, CHUNK]
-            p = tl.where(seen, p - (delta[None, :] if REVERSE else delta[:, None]), 0.0)
+            p = multiply(a, tl.trans(b), INPUT) - (delta[None, :] if REVERSE else delta[:, None])  # [CHUNK, CHUNK]
             y, read, write, total = spread(
                 p * of_row[None, :], c_ptr, decay_ptr, t, stop, first_w, offs, ROW_C, ROW_G,
                 W, BLOCK_W, CHUNK, FEATURE_C, INPUT, REVERSE)
             x = multiply(a, operand(s, INPUT), INPUT)  # [CHUNK, BLOCK_W]
-            if VECTOR is not None:
-                x += vector[None, :] if REVERSE else -delta[:, None] * vector[None, :]
+            x += vector[None, :] if REVERSE else -delta[:, None] * vector[None, :]
             y += x * tl.exp2(read)
             written = c * tl.exp2(write) * of_row[:, None]
             s = s * tl.exp2(total)[None, :] + multiply(tl.trans(b), operand(written, INPUT), INPUT)
@@ -184,19 +184,18 @@ def _channel_kernel(
             p, read, write, total = paired(
                 a.to(tl.float32), b_ptr, decay_ptr, t, stop, offs, ROW_B, ROW_G,
                 K, BLOCK_K, CHUNK, FEATURE_B, INPUT, REVERSE)
-            p = operand(tl.where(seen, p * of_row[None, :], 0.0), INPUT)
+            p = operand(tl.where(causal(offs, REVERSE), p * of_row[None, :], 0.0), INPUT)
             x = a * tl.exp2(read)
             y = multiply(operand(x, INPUT), operand(s, INPUT), INPUT) + multiply(p, c, INPUT)
             if NORMALIZE:
                 den = tl.sum(x * vector[None, :], 1) + tl.sum(p.to(tl.float32), 1)
-                y *= tl.where(den == 0, 0.0, 1 / tl.where(den == 0, 1.0, den))[:, None]
+                y = divided(y, den)
                 if pid_w == 0:
                     tl.store(den_ptr + head + t + offs, den, mask=exists)
             written = b * tl.exp2(write) * of_row[:, None]
             s = s * tl.exp2(total)[:, None] + multiply(tl.trans(operand(written, INPUT)), c, INPUT)
             added = tl.sum(written, 0)
-        if VECTOR is not None:
-            vector = vector * tl.exp2(total) + added
+        vector = vector * tl.exp2(total) + added
         if not REVERSE and not NORMALIZE:
             y *= unit[:, None]
         store_product(
@@ -204,10 +203,8 @@ def _channel_kernel(
             ROW_O, W, BLOCK_W, FEATURE_O, True)
 
     if place == (0 if REVERSE else count - 1):
-        end = sequence.to(tl.int64) * H + pid_h
-        store_end(s, advance(end_ptr, end * (K * W)), first_w, K, W, BLOCK_K, BLOCK_W)
-        if end_vector_ptr is not None:
-            tl.store(end_vector_ptr + end * WIDTH + offs_v, vector, mask=offs_v < WIDTH)
+        n = sequence * H + pid_h
+        store_end(s, vector, end_ptr, end_vector_ptr, n, first_w, offs_v, WIDTH, K, W, BLOCK_K, BLOCK_W)
 
 
 def channel_product(
@@ -245,8 +242,9 @@ def channel_product(
         *a.heads, *b.heads, *c.heads, *own.heads, *decay.stride()[:2],
         states.stride_s, states.stride_z, *((1, K) if across else (W, 1)),
         H, a.share, b.share, c.share, own.share, T, groups.each, groups.tokens, scale,
-        ROW_A=a.row, ROW_B=b.row, ROW_C=c.row, ROW_O=own.row, ROW_G=decay.stride(2), K=K, W=W, FEATURE_A=a.feature, FEATURE_B=b.feature, FEATURE_C=c.feature, FEATURE_O=own.feature,
-        VECTOR=vector, OUTER=across, NORMALIZE=den is not None, REVERSE=reverse, **tiles._asdict(),
+        ROW_A=a.row, ROW_B=b.row, ROW_C=c.row, ROW_O=own.row, ROW_G=decay.stride(2),
+        K=K, W=W, FEATURE_A=a.feature, FEATURE_B=b.feature, FEATURE_C=c.feature, FEATURE_O=own.feature,
+        OUTER=across, NORMALIZE=den is not None, REVERSE=reverse, **tiles._asdict(),
         enable_fp_fusion=True,
     )
     return moments

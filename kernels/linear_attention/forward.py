@@ -1,6 +1,7 @@
-"""Causal linear attention, with decay or without: out, the normaliser and the end state, in one launch or three phases.
+"""Causal linear attention, with decay or without: out, the normaliser and the end state.
 
-    S_t = e^{g_t} S_{t−1} + φk_t v_tᵀ,  z_t = e^{g_t} z_{t−1} + φk_t,  out_t = φq_tᵀ S_t / (φq_t·z_t) or scale · φq_tᵀ S_t
+    S_t = e^{g_t} S_{t−1} + φk_t v_tᵀ,  z_t = e^{g_t} z_{t−1} + φk_t
+    out_t = φq_tᵀ S_t / den_t or scale · φq_tᵀ S_t,  den_t = φq_t·z_t
 
 Shapes: q [B, H, T, D], k [B, H_kv, T, D], v [B, H_kv, T, V], decay [B, H, T] or [B, H, T, D] or None, s0 and s
 [sequences, H, D, V], z0 and z [sequences, H, D], den [B, H, T] float32; out [B, H, T, V] in q's dtype.

@@ -1,6 +1,7 @@
 """The prefix product without decay or with one decay a token: one kernel, of which output and gradients are four uses.
 
-    y_t = ρ_t · (Σ_{s ≤ t} e^{G_t − G_s} (a_t·b_s + α_t β_s) c_s + e^{G_t} (a_t·S + α_t r)),  S ← e^{G} S + Σ_s e^{G − G_s} b_s c_sᵀ
+    y_t = ρ_t · (Σ_{s ≤ t} e^{G_t − G_s} (a_t·b_s + α_t β_s) c_s + e^{G_t} (a_t·S + α_t r))
+    S ← e^{G} S + Σ_s e^{G − G_s} b_s c_sᵀ,  r ← e^{G} r + Σ_s e^{G − G_s} β_s c_s
     reversed: y_t = Σ_{s ≥ t} e^{G_s − G_t} (a_t·b_s + β_s) u_s c_s + e^{G_end − G_t} (a_t·R + r)
     out  = (φq, φk, v), ρ = 1 / den or the scale, den_t = Σ_{s ≤ t} e^{G_t − G_s} (a_t·b_s) + e^{G_t} a_t·z
     dφq  = (dout, v, φk), α = −δ, β = 1, ρ = u;   with u = 1 / den or the scale and δ_t = dout_t·out_t or none,
@@ -11,10 +12,11 @@ strides; unit u and delta δ [B, H, T] float32; states [n, H, K, W], or [n, H, W
 the inner axis or r [n, H, W] along the outer, float32; y [B, H, T, W], times φ'(own) where own is given, then with
 moments Σ_w y φ(own) [tiles, B, H, T] float32, of which the decay's gradient is formed.
 Backward keeps q, k, v, out, den and the end state; group states are formed again, nothing is kept a chunk.
-Precision: float32 states, sums and weights; factors, weighted scores and a copy of the state meet the tensor cores in
-bfloat16, as TF32 for float16 (its mantissa and float32's range: neither a state nor dout / den leaves it) and exactly in
-float32. 1 / den multiplies float32 results or scores, never a factor. A difference of cumulated decays is one exp2;
-float32 inputs have theirs summed and subtracted in float64.
+Precision: float32 states, sums and weights. Factors, weighted scores and a copy of the state meet the tensor cores in
+bfloat16, or as TF32 where inputs are float16: its mantissa with float32's range, which neither a state nor a score over
+den leaves. float32 inputs are multiplied exactly. 1 / den multiplies float32 results or scores, never a factor; z is
+multiplied in three parts, to its last digit. A difference of cumulated decays is one exp2; float32 inputs have theirs
+summed and subtracted in float64.
 A reversed product walks the same chunks from the last to the first: zeros on the right change no bit.
 Cost a token and head: 2·C·(K + W) + 4·K·W flops in chunks of C tokens, C exp2 with a decay, (2·K + 2·W) · itemsize
 bytes in one pass, half as much again and 16·K·W / tokens in groups. On an H200 at K = W = 128 in bfloat16, C = 64:
@@ -33,6 +35,8 @@ from ._groups import (
     States,
     Tiles,
     advance,
+    causal,
+    divided,
     load_factor,
     load_state,
     load_unit,
@@ -58,7 +62,7 @@ def launch(K: int, W: int, dtype: torch.dtype, arch: int, decayed: bool, own: bo
     if dtype == torch.float32:
         return Tiles(16, K, min(W, 64 if D <= 64 else 32 if D <= 128 else 16), 8, 1)
     if arch not in (90, 100):
-        return Tiles(32, K, min(W, 64), 8, 1) if D <= 128 else Tiles(16, K, min(W, 32), 8, 1)
+        return Tiles(32, K, min(W, 32 if own else 64), 8, 1) if D <= 128 else Tiles(16, K, min(W, 32), 8, 1)
     if dtype == torch.float16:
         if D > 128:
             return Tiles(16, K, min(W, 32), 8, 1)
@@ -81,7 +85,6 @@ def _cumulate_kernel(
     _, batch, place, count, start, stop = locate(segment_ptr, first_ptr, bounds_ptr, n, each, tokens, T)
     if place >= count:
         return
-    batch = tl.cast(batch, tl.int64)
     decay_ptr += batch * stride_gb + pid_h * stride_gh
     for t in range(start, stop, CHUNK * CHUNKS):
         rows = t + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -130,10 +133,7 @@ def scores(
         p *= tl.exp2(x.to(tl.float32))
     if REVERSE:
         p *= load_unit(unit_ptr, offs, exists, scale)[None, :]
-        seen = offs[:, None] <= offs[None, :]
-    else:
-        seen = offs[:, None] >= offs[None, :]
-    return operand(tl.where(seen, p, 0.0), INPUT)
+    return operand(tl.where(causal(offs, REVERSE), p, 0.0), INPUT)
 
 
 @triton.jit
@@ -196,14 +196,15 @@ def _product_kernel(
     sequence, batch, place, count, start, stop = locate(segment_ptr, first_ptr, bounds_ptr, n, each, tokens, T)
     if place >= count:
         return
-    batch = tl.cast(batch, tl.int64)
     INPUT: tl.constexpr = c_ptr.dtype.element_ty
     first_w, head = pid_w * BLOCK_W, (batch * H + pid_h) * T
     a_ptr += batch * stride_ab + pid_h // SHARE_A * stride_ah
     b_ptr += batch * stride_bb + pid_h // SHARE_B * stride_bh
     c_ptr += batch * stride_cb + pid_h // SHARE_C * stride_ch
     own_ptr = advance(own_ptr, batch * stride_ob + pid_h // SHARE_O * stride_oh)
-    G_ptr, unit_ptr, delta_ptr = advance(G_ptr, head), advance(unit_ptr, head), advance(delta_ptr, head)
+    G_ptr = advance(G_ptr, head)
+    unit_ptr = advance(unit_ptr, head)
+    delta_ptr = advance(delta_ptr, head)
     den_ptr = advance(den_ptr, head)
     y_ptr += head * W
     moment_ptr = advance(moment_ptr, tl.cast(pid_w, tl.int64) * moment_tile + head)
@@ -218,7 +219,9 @@ def _product_kernel(
         t, offs = start + (chunks - 1 - i if REVERSE else i) * CHUNK, tl.arange(0, CHUNK)
         # whatever a tensor adds to t takes 64-bit registers
         exists = offs < stop - t
-        G_at, unit_at, delta_at = advance(G_ptr, t), advance(unit_ptr, t), advance(delta_ptr, t)
+        G_at = advance(G_ptr, t)
+        unit_at = advance(unit_ptr, t)
+        delta_at = advance(delta_ptr, t)
         last = tl.minimum(CHUNK, stop - t) - 1
         a = load_factor(a_ptr, t, offs, exists, 0, ROW_A, K, BLOCK_K, FEATURE_A)  # [CHUNK, BLOCK_K]
         if NORMALIZE:
@@ -244,17 +247,15 @@ def _product_kernel(
                 den += tl.sum(p.to(tl.float32), 1)
             if pid_w == 0:
                 tl.store(den_ptr + t + offs, den, mask=exists)
-            y *= tl.where(den == 0, 0.0, 1 / tl.where(den == 0, 1.0, den))[:, None]
+            y = divided(y, den)
         elif not REVERSE:
             y *= load_unit(unit_at, offs, exists, scale)[:, None]
         store_product(
             y, y_ptr, own_ptr, moment_ptr, t, offs, exists, first_w, ROW_O, W, BLOCK_W, FEATURE_O, False)
 
     if place == (0 if REVERSE else count - 1):
-        end = sequence.to(tl.int64) * H + pid_h
-        store_end(s, advance(end_ptr, end * (K * W)), first_w, K, W, BLOCK_K, BLOCK_W)
-        if end_vector_ptr is not None:
-            tl.store(end_vector_ptr + end * WIDTH + offs_v, vector, mask=offs_v < WIDTH)
+        n = sequence * H + pid_h
+        store_end(s, vector, end_ptr, end_vector_ptr, n, first_w, offs_v, WIDTH, K, W, BLOCK_K, BLOCK_W)
 
 
 def product(
@@ -294,7 +295,8 @@ def product(
         *a.heads, *b.heads, *c.heads, *own.heads,
         states.stride_s, states.stride_z, *((1, K) if across else (W, 1)),
         H, a.share, b.share, c.share, own.share, T, groups.each, groups.tokens, B * H * T, scale,
-        ROW_A=a.row, ROW_B=b.row, ROW_C=c.row, ROW_O=own.row, K=K, W=W, FEATURE_A=a.feature, FEATURE_B=b.feature, FEATURE_C=c.feature, FEATURE_O=own.feature,
+        ROW_A=a.row, ROW_B=b.row, ROW_C=c.row, ROW_O=own.row,
+        K=K, W=W, FEATURE_A=a.feature, FEATURE_B=b.feature, FEATURE_C=c.feature, FEATURE_O=own.feature,
         VECTOR=vector, NORMALIZE=den is not None, REVERSE=reverse, **tiles._asdict(), enable_fp_fusion=True,
     )
     return moments

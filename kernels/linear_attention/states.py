@@ -37,7 +37,9 @@ def launch(K: int, V: int, itemsize: int, arch: int, channels: bool) -> Tiles:
     """Tiles by the padded widths of b and c and by dtype, narrower with a decay a channel."""
     if arch == 0 or itemsize == 4:
         return Tiles(32, min(K, 32), min(V, 32), 4, 1)
-    return Tiles(64, min(K, 64 if channels else 128), min(V, 64), 4, 2)
+    if arch not in (90, 100):
+        return Tiles(32, min(K, 64), min(V, 64), 4, 2)
+    return Tiles(64, min(K, 128 if arch == 90 and not channels else 64), min(V, 64), 4, 2)
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -59,7 +61,6 @@ def _states_kernel(
     # nobody starts from the state of the group that comes last
     if (place >= count) | (place == (0 if REVERSE else count - 1)):
         return
-    batch = tl.cast(batch, tl.int64)
     INPUT: tl.constexpr = c_ptr.dtype.element_ty
     b_ptr += batch * stride_bb + pid_h // SHARE_B * stride_bh
     c_ptr += batch * stride_cb + pid_h // SHARE_C * stride_ch
@@ -190,7 +191,8 @@ def group_states(
         b.x, c.x, decay, unit, delta, *groups.tables, state, total, *b.heads, *c.heads,
         *((0, 0, 0) if decay is None else decay.stride()[:3]),
         heads, b.share, c.share, b.x.shape[2], groups.each, groups.tokens, scale,
-        ROW_B=b.row, ROW_C=c.row, ROW_G=decay.stride(2) if channels else 0, K=K, V=V, FEATURE=b.feature, CHANNELS=channels, Z=z, REVERSE=reverse, **tiles._asdict(), enable_fp_fusion=True,
+        ROW_B=b.row, ROW_C=c.row, ROW_G=decay.stride(2) if channels else 0,
+        K=K, V=V, FEATURE=b.feature, CHANNELS=channels, Z=z, REVERSE=reverse, **tiles._asdict(), enable_fp_fusion=True,
     )
     _scan_kernel[(groups.sequences * heads * triton.cdiv(width, ELEMENTS),)](
         state, total, s0, z0, groups.first, heads, groups.each,
