@@ -91,9 +91,9 @@ def _linear_attend_torch(
     if cu_seqlens is not None:
         # rows beyond the last segment
         out.zero_(), den.zero_()
+    state = None
     for x in sequences(q, k, v, decay, s0, z0, cu_seqlens, feature, PART):
-        state = x.state if x.begins else state
-        y, state = prefix_product(x.q, x.k, x.v, x.decay, state, "contracted")
+        y, state = prefix_product(x.q, x.k, x.v, x.decay, x.state if x.begins else state, "contracted")
         num, weight = y[: x.T].split((x.V, 1), 1)
         if normalize:
             den[x.b, x.h, x.tokens] = weight[:, 0]
