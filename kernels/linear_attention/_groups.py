@@ -148,7 +148,7 @@ def load_columns(
     """Columns first … first + BLOCK − 1 of those rows t + offs that exist, OTHER elsewhere: [len(offs), BLOCK]."""
     cols = tl.arange(0, BLOCK)
     ptrs = ptr + tl.cast(t, tl.int64) * ROW + first + (offs[:, None].to(tl.int64) * ROW + cols[None, :])
-    if WIDTH % BLOCK == 0:
+    if WIDTH > 0 and WIDTH % BLOCK == 0:
         x = tl.load(ptrs, mask=exists[:, None], other=OTHER)
     else:
         x = tl.load(ptrs, mask=exists[:, None] & (cols[None, :] < WIDTH - first), other=OTHER)
@@ -212,7 +212,7 @@ def load_factor(
     INPUT: tl.constexpr = ptr.dtype.element_ty
     if FEATURE != "identity":
         x = operand(mapped(x, FEATURE), INPUT)
-        if WIDTH % BLOCK == 0:
+        if WIDTH > 0 and WIDTH % BLOCK == 0:
             x = tl.where(exists[:, None], x, 0.0)
         else:
             x = tl.where(exists[:, None] & (tl.arange(0, BLOCK)[None, :] < WIDTH - first), x, 0.0)

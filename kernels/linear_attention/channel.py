@@ -139,7 +139,7 @@ def _channel_kernel(
     FEATURE_A: tl.constexpr, FEATURE_B: tl.constexpr, FEATURE_C: tl.constexpr, FEATURE_O: tl.constexpr,
     OUTER: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
 ):
-    tiles = tl.cdiv(W, BLOCK_W)
+    tiles = tl.maximum(tl.cdiv(W, BLOCK_W), 1)
     pid_w, pid_h = tl.program_id(0) % tiles, tl.program_id(0) // tiles % H
     n = (tl.program_id(0) // (tiles * H)).to(tl.int64)
     sequence, batch, place, count, start, stop = locate(segment_ptr, first_ptr, bounds_ptr, n, each, tokens, T)
@@ -201,7 +201,6 @@ def _channel_kernel(
         store_product(
             y, advance(y_ptr, head * W), own_ptr, advance(moment_ptr, head * W), t, offs, exists, first_w,
             ROW_O, W, BLOCK_W, FEATURE_O, True)
-
     if place == (0 if REVERSE else count - 1):
         n = sequence * H + pid_h
         store_end(s, vector, end_ptr, end_vector_ptr, n, first_w, offs_v, WIDTH, K, W, BLOCK_K, BLOCK_W)

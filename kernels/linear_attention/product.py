@@ -190,7 +190,7 @@ def _product_kernel(
     FEATURE_A: tl.constexpr, FEATURE_B: tl.constexpr, FEATURE_C: tl.constexpr, FEATURE_O: tl.constexpr,
     VECTOR: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
 ):
-    tiles = tl.cdiv(W, BLOCK_W)
+    tiles = tl.maximum(tl.cdiv(W, BLOCK_W), 1)
     pid_w, pid_h = tl.program_id(0) % tiles, tl.program_id(0) // tiles % H
     n = (tl.program_id(0) // (tiles * H)).to(tl.int64)
     sequence, batch, place, count, start, stop = locate(segment_ptr, first_ptr, bounds_ptr, n, each, tokens, T)

@@ -53,7 +53,7 @@ def _states_kernel(
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     FEATURE: tl.constexpr, CHANNELS: tl.constexpr, Z: tl.constexpr, REVERSE: tl.constexpr,
 ):
-    tiles_k, tiles_w = tl.cdiv(K, BLOCK_K), tl.cdiv(V, BLOCK_W)
+    tiles_k, tiles_w = tl.cdiv(K, BLOCK_K), tl.maximum(tl.cdiv(V, BLOCK_W), 1)
     pid = tl.program_id(0)
     first_w, first_k = pid % tiles_w * BLOCK_W, pid // tiles_w % tiles_k * BLOCK_K
     pid_h, n = pid // (tiles_w * tiles_k) % H, (pid // (tiles_w * tiles_k * H)).to(tl.int64)
