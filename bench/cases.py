@@ -29,9 +29,9 @@ def name_of(shape) -> str:
     return "H{}-T{}-D{}".format(*shape) if isinstance(shape, tuple) else str(shape)
 
 
-def inputs(heads: int, T: int, D: int) -> list[Tensor]:
+def inputs(heads: int, T: int, D: int, B: int = 1) -> list[Tensor]:
     generator = torch.Generator(DEVICE).manual_seed(T)
-    return [torch.randn(1, heads, T, D, generator=generator, device=DEVICE, dtype=DTYPE) for _ in range(3)]
+    return [torch.randn(B, heads, T, D, generator=generator, device=DEVICE, dtype=DTYPE) for _ in range(3)]
 
 
 def first_head(*tensors: Tensor) -> list[Tensor]:

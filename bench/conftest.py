@@ -98,6 +98,6 @@ def _line(row: dict) -> str:
     shares = [f"{row[name]:.0%} {name.replace('_', ' ')}" for name in row if name.startswith("of_") and row[name]]
     memory = f"{row['peak_mib']:.0f} MiB" if row.get("peak_mib") is not None else ""
     return (
-        f"{row['operator']:30} T={row['shape'][2]:<6} D={row['shape'][3]:<4} {row['peer']:24} {time_} {ratio:>7} "
+        f"{row['operator']:30} {'×'.join(map(str, row['shape'])):16} {row['peer']:24} {time_} {ratio:>7} "
         f"{rate:>15} {memory:>10}  {', '.join(shares)}{row.get('reason', '')}"
     )

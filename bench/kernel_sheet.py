@@ -17,6 +17,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -110,7 +111,22 @@ def _scanned(case: Case) -> dict:
     }  # fmt: skip
 
 
+def _prefix(case: Case) -> dict:
+    """Several groups of tokens, whose states are passes of their own, or one."""
+    D, given = case.D, case.options
+    T = 512 if "short" in given else LENGTH
+    tokens, rows = _empty(BATCH, HEADS, T, D, dtype=case.dtype), _empty(BATCH, HEADS, T)
+    decay = _empty(BATCH, HEADS, T, D) if "feature" in given else rows if "step" in given else None
+    s, z = _empty(BATCH, HEADS, D, D), _empty(BATCH, HEADS, D)
+    return {
+        **dict.fromkeys(("q", "k", "v", "out", "dout"), tokens),
+        "decay": decay, "s0": None, "z0": None, "s": s, "ds": s, "z": z, "dz": z, "den": rows, "cu_seqlens": None,
+        "feature": "elu", "normalize": "normalize" in given, "scale": 1.0, "decay_grad": decay is not None,
+    }  # fmt: skip
+
+
 _ROWS = ["lse", "max", "mass", "entropy", "sum_sq", "below", "distance", "pivot"]
+_DECAYS = ("normalize short", "step", "feature")
 _DENSE_ROWS = ["max", "mass", "entropy", "sum_sq", "below", "distance", "received"]
 _DENSE_PAIRS = ["mass", "below", "sum_sq", "difference_sq", "l1", "max", "net_flow"]
 KERNELS = {
@@ -150,6 +166,12 @@ KERNELS = {
         "statistics.backward", (64, 128), plain="rows",
         extras=("received", "picked", "cells", "pairs", "rows bias softcap slopes", "pairs bias softcap slopes"),
         arguments=_upstream,
+    ),
+    "linear_attention_fwd": Kernel(
+        "linear_attention.forward", (32, 64, 128, 256), plain="normalize", extras=_DECAYS, arguments=_prefix
+    ),
+    "linear_attention_bwd": Kernel(
+        "linear_attention.backward", (32, 64, 128, 256), plain="normalize", extras=_DECAYS, arguments=_prefix
     ),
     # D is the number of states here
     "selective_scan_fwd": Kernel(
@@ -238,8 +260,9 @@ def compile_case(case: Case) -> list[CompiledKernel]:
     module = importlib.import_module(f"{PACKAGE}.{kernel.module}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_instead))
-        if hasattr(module, "architecture"):
-            stack.enter_context(mock.patch.object(module, "architecture", lambda x: arch.number))
+        for each in [each for name, each in sys.modules.items() if name.startswith(f"{PACKAGE}.")]:
+            if hasattr(each, "architecture"):
+                stack.enter_context(mock.patch.object(each, "architecture", lambda x: arch.number))
         launcher = getattr(module, case.launcher)
         made = arguments(case) | kernel.arguments(case)
         launcher(**{name: made[name] for name in inspect.signature(launcher).parameters})

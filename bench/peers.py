@@ -189,3 +189,54 @@ def stock_received(q: Tensor, k: Tensor) -> Tensor:
     v = torch.zeros_like(k).requires_grad_()
     F.scaled_dot_product_attention(q, k, v).backward(torch.ones_like(q))
     return v.grad[..., 0]
+
+
+def linear_loop(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
+    """Linear attention a token at a time; elu + 1 and normalised without decay, plain features with it."""
+    if decay is None:
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+    s, z = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3]), q.new_zeros(*q.shape[:2], q.shape[3])
+    out = torch.empty_like(v)
+    for t in range(q.shape[2]):
+        if decay is not None:
+            kept = decay[:, :, t].exp()
+            s = s * (kept[..., None, None] if decay.ndim == 3 else kept[..., None])
+        s = s + k[:, :, t, :, None] * v[:, :, t, None]
+        out[:, :, t] = (q[:, :, t, None] @ s)[:, :, 0]
+        if decay is None:
+            z = z + k[:, :, t]
+            out[:, :, t] /= (q[:, :, t] * z).sum(-1, keepdim=True)
+    return out
+
+
+def fla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
+    """The same by flash-linear-attention's chunked kernels, which take [B, T, H, D] and features."""
+    from fla.ops.gla import chunk_gla
+    from fla.ops.linear_attn import chunk_linear_attn
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if decay is None:
+        result = chunk_linear_attn(F.elu(q) + 1, F.elu(k) + 1, v, scale=1.0, normalize=True)
+    else:
+        chunked = chunk_simple_gla if decay.ndim == 3 else chunk_gla
+        result = chunked(q, k, v, decay.transpose(1, 2), scale=1.0)
+    return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+
+
+def scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """A selective scan a token at a time, B by Euler's rule as in Mamba."""
+    h, out = u.new_zeros(*u.shape[::2], A.shape[1]), torch.empty_like(u)
+    for t in range(u.shape[1]):
+        step = delta[:, t, :, None]
+        h = torch.exp(step * A) * h + step * B[:, t, None] * u[:, t, :, None]
+        out[:, t] = (h @ C[:, t, :, None])[..., 0]
+    return out
+
+
+def mamba(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The same by mamba-ssm, which takes [B, E, T]."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    u, delta, B, C = (x.transpose(1, 2).contiguous() for x in (u, delta, B, C))
+    return selective_scan_fn(u, delta, A, B, C).transpose(1, 2)

@@ -13,6 +13,7 @@ OLDEST = ROOT / ".triton-oldest"
 # they multiply no tiles
 WITHOUT_PRODUCTS = {"_block_bounds_kernel", "_chosen_probs_kernel", "_dense_rows_kernel", "_dense_pairs_kernel"}
 WITHOUT_PRODUCTS |= {"_group_ends_kernel", "_carry_kernel", "_selective_scan_kernel", "_sum_parts_kernel"}
+WITHOUT_PRODUCTS |= {"_scan_kernel", "_cumulate_kernel", "_unit_kernel", "_decay_bwd_kernel"}
 WITHOUT_PRODUCTS |= {"_group_gradients_kernel", "_states_kernel", "_selective_scan_bwd_kernel"}
 # they mask every tile
 WITHOUT_SPLIT = {"_scores_kernel", "_attention_map_kernel", "_attention_topk_kernel"}
