@@ -15,6 +15,8 @@ WITHOUT_PRODUCTS = {"_block_bounds_kernel", "_chosen_probs_kernel", "_dense_rows
 WITHOUT_PRODUCTS |= {"_group_ends_kernel", "_carry_kernel", "_selective_scan_kernel", "_sum_parts_kernel"}
 WITHOUT_PRODUCTS |= {"_scan_kernel", "_cumulate_kernel", "_unit_kernel", "_decay_bwd_kernel"}
 WITHOUT_PRODUCTS |= {"_group_gradients_kernel", "_states_kernel", "_selective_scan_bwd_kernel"}
+# a state of 32 rows is too low for wgmma
+STATES = {"_channel_kernel", "_group_states_kernel"}
 # they mask every tile
 WITHOUT_SPLIT = {"_scores_kernel", "_attention_map_kernel", "_attention_topk_kernel"}
 # an SM issues 128 lanes a clock beside 16 exponentials, and beside the products of 8 scores where D + V is 256
@@ -46,6 +48,7 @@ def check(rows):
             assert row["mma"] > 0, name
             # its tiles of 32 rows are too low for wgmma: instructions, not products, bound it
             low = "D=256" in name and {"softcap", "probs"} <= {*row["config"].split()}
+            low |= "D=32 " in name and row["function"] in STATES
             assert row["wgmma"] > 0 or row["arch"] != "sm_90" or low, name
         # float32 is bound by its products; at D = 256 a tile 16 keys wide leaves a thread 64 bits of a row
         if row["function"] == "_attention_fwd_kernel" and {"probs", "bfloat16"} <= {*row["config"].split()}:

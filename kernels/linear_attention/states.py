@@ -43,7 +43,7 @@ def launch(K: int, V: int, itemsize: int, arch: int, channels: bool) -> Tiles:
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
-def _states_kernel(
+def _group_states_kernel(
     b_ptr, c_ptr, decay_ptr, unit_ptr, delta_ptr, segment_ptr, first_ptr, bounds_ptr, state_ptr, total_ptr,
     stride_bb, stride_bh,
     stride_cb, stride_ch,
@@ -187,7 +187,7 @@ def group_states(
     total = None if decay is None else torch.empty(shape, dtype=torch.float32, device=b.x.device)
     tiles = launch(padded(K), padded(V), b.x.element_size(), architecture(b.x), channels)
     grid = groups.count * heads * triton.cdiv(K, tiles.BLOCK_K) * max(1, triton.cdiv(V, tiles.BLOCK_W))
-    _states_kernel[(grid,)](
+    _group_states_kernel[(grid,)](
         b.x, c.x, decay, unit, delta, *groups.tables, state, total, *b.heads, *c.heads,
         *((0, 0, 0) if decay is None else decay.stride()[:3]),
         heads, b.share, c.share, b.x.shape[2], groups.each, groups.tokens, scale,
