@@ -46,7 +46,7 @@ def launch(K: int, W: int, dtype: torch.dtype, arch: int) -> Tiles:
     if arch == 0:
         return Tiles(16, K, min(W, 32), 4, 1)
     if dtype == torch.float32:
-        return Tiles(16, K, min(W, 32 if D <= 64 else 16), 8, 1)
+        return Tiles(16, K, min(W, 32), 4, 1) if D <= 64 else Tiles(16, K, min(W, 16), 8, 1)
     if arch not in (90, 100):
         return Tiles(16, K, min(W, 64 if D <= 128 else 32), 8, 1)
     return Tiles(16, K, W if D <= 128 else min(W, 64), 4 if D <= 64 else 8, 1)

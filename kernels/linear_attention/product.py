@@ -58,8 +58,10 @@ def launch(K: int, W: int, dtype: torch.dtype, arch: int, decayed: bool, own: bo
     """
     D = max(K, W)
     if arch == 0:
-        return Tiles(32, K, min(W, 32), 4, 1)
+        return Tiles(32 if D <= 128 else 16, K, min(W, 32), 4, 1)
     if dtype == torch.float32:
+        if D <= 32:
+            return Tiles(16, K, min(W, 16), 4, 1)
         return Tiles(16, K, min(W, 64 if D <= 64 else 32 if D <= 128 else 16), 8, 1)
     if arch not in (90, 100):
         return Tiles(32, K, min(W, 32 if own else 64), 8, 1) if D <= 128 else Tiles(16, K, min(W, 32), 8, 1)
@@ -71,7 +73,7 @@ def launch(K: int, W: int, dtype: torch.dtype, arch: int, decayed: bool, own: bo
         return Tiles(64, K, W, 8 if own else 4, 2)
     if D <= 128:
         return Tiles(64, K, min(W, 64), 8, 1) if decayed or own else Tiles(64, K, W, 8, 2)
-    return Tiles(64, K, min(W, 32), 8, 1)
+    return Tiles(64, K, min(W, 16), 8, 2) if own else Tiles(64, K, min(W, 32), 8, 1)
 
 
 @triton.jit(do_not_specialize=["T"])
