@@ -1,6 +1,8 @@
 """What the tests share: hostile inputs, masks by name, plain torch as the rival and the 2 × rule against float64."""
 
 import os
+import subprocess
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -221,3 +223,27 @@ def assert_within_reference_error(result, plain, expected, *, axis=-1, roundings
     relative, plain_relative = ((x / largest).max(initial=0.0) for x in (error, plain_error))
     band = np.max(eps * np.exp2(np.floor(np.log2(largest))) / largest, initial=0.0)
     assert relative <= 2 * plain_relative + band, f"error {relative:.3g}, torch's {plain_relative:.3g}, band {band:.3g}"
+
+
+GROWTH = """
+from pathlib import Path
+import torch
+import causalattn as ca
+DEFINITION
+def status(field):
+    return next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+run(600)
+for T in LENGTHS:
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    kept = run(T)
+    print(status("VmHWM") - before)
+    del kept
+"""
+
+
+def grown_memory(definition, *lengths):
+    """KiB of resident memory that run(T), of which these lines are the definition, adds at its peak, on Linux."""
+    program = GROWTH.replace("DEFINITION", definition).replace("LENGTHS", repr(lengths))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return [int(line) for line in run.stdout.split()]

@@ -1,8 +1,10 @@
 """Gradients of linear attention: gradcheck on the torch path, both paths against float64, segments, padding, bits."""
 
+import sys
+
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, PATHS, assert_within_reference_error, make_qkv, to_numpy
+from helpers import DEVICE, DTYPES, PATHS, assert_within_reference_error, grown_memory, make_qkv, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_attention_cases import DECAYS, FEATURE_MAPS, cases, make_decay, make_state, plain, roundings
@@ -277,3 +279,23 @@ def test_empty(backend, B, T):
     options = {"initial_state": make_state(B, 2, 16, 16), "decay": torch.zeros(B, 2, T, device=DEVICE)}
     got = gradients(ours(backend), leaves_of(q, k, v, options), options, 0, through=(False, True, True))
     assert all(x.isfinite().all() for x in got.values())
+
+
+MEMORY = """
+def run(T):
+    q, k, v = torch.randn(3, 1, 1, T, 32, requires_grad=True).unbind()
+    decay = (-torch.rand(SHAPE)).requires_grad_()
+    out, (s, z) = ca.linear_attention(q, k, v, decay=decay)
+    (out.sum() + s.sum() + z.sum()).backward()
+"""
+
+
+# peak memory is read from /proc
+if sys.platform == "linux":
+
+    @pytest.mark.parametrize("shape", ["1, 1, T", "1, 1, T, 32"])
+    def test_memory_is_linear(shape):
+        short, long = grown_memory(MEMORY.replace("SHAPE", shape), 8192, 32768)
+        # 16 if it grew with the square; a row of each input is 128 bytes
+        assert long < 6 * short
+        assert 1024 * long < 48 * 128 * 32768

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import DEVICE, PATHS, SEEDS, assert_within_reference_error, to_numpy
+from helpers import DEVICE, PATHS, SEEDS, assert_within_reference_error, grown_memory, to_numpy
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from scans import SHORT, make_case, plain_scan, short_groups, tokens  # noqa: F401
@@ -223,3 +223,21 @@ def test_memory_grows_with_groups_not_with_states():
         selective_scan(**{name: x.detach().requires_grad_() for name, x in case.items()})
     largest = max(x.numel() for x in saved)
     assert largest == max(case["u"].numel(), case["B"].numel()) < case["u"].numel() * 4
+
+
+MEMORY = """
+def run(T):
+    u, delta = torch.rand(2, 1, T, 32, requires_grad=True).unbind()
+    B, C = torch.rand(2, 1, T, 16, requires_grad=True).unbind()
+    out, h = ca.selective_scan(u, delta, -torch.rand(32, 16), B, C)
+    (out.sum() + h.sum()).backward()
+"""
+
+
+# peak memory is read from /proc
+if sys.platform == "linux":
+
+    def test_memory_holds_no_state_a_token():
+        short, long = grown_memory(MEMORY, 32768, 131072)
+        assert long < 6 * short
+        assert 1024 * long < 0.8 * 4 * 131072 * 32 * 16

@@ -94,12 +94,12 @@ def _linear_attend_torch(
     state = None
     for x in sequences(q, k, v, decay, s0, z0, cu_seqlens, feature, PART):
         y, state = prefix_product(x.q, x.k, x.v, x.decay, x.state if x.begins else state, "contracted")
-        num, weight = y[: x.T].split((x.V, 1), 1)
+        num, weight = y[:, : x.T].split((x.V, 1), 2)
         if normalize:
-            den[x.b, x.h, x.tokens] = weight[:, 0]
+            den[x.b, x.h, x.tokens] = weight[..., 0]
             num.mul_(inverse(weight))
         else:
             num.mul_(scale)
         out[x.b, x.h, x.tokens] = num
-        s[x.n, x.h], z[x.n, x.h] = state[:, : x.V], state[:, x.V]
+        s[x.n, x.h], z[x.n, x.h] = state[..., : x.V], state[..., x.V]
     return out, den, s, z

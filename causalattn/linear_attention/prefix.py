@@ -1,4 +1,4 @@
-"""The torch path: one head's decayed prefix products in groups of chunks, every product of one fixed shape."""
+"""The torch path: decayed prefix products in groups of chunks, every product of one fixed shape."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -19,22 +19,28 @@ def prefix_product(
 ) -> tuple[Tensor, Tensor]:
     """y_t = Σ_{s ≤ t} e^{G_t − G_s} (a_t·b_s) c_s + e^{G_t} a_t·S_0, and S = Σ_s e^{G_T − G_s} b_s c_sᵀ + e^{G_T} S_0.
 
-    a, b [T, D], c [T, V], state S_0 [D, V]; decay None, [T, 1] or one of each channel, [T, D] if a's and b's are
-    contracted under it and [T, V] if it is of the output's. G is decay cumulated, inclusive. T is a multiple of CHUNK.
+    Of some heads: a, b [heads, T, D], c [heads, T, V], state S_0 [heads, D, V]; decay None, [heads, T, 1] or one of
+    each channel, [heads, T, D] if a's and b's are contracted under it and [heads, T, V] if it is of the output's. G is
+    decay cumulated, inclusive. T is a multiple of CHUNK.
     """
     y = torch.empty_like(c)
-    for first in range(0, len(a), GROUP):
+    for first in range(0, a.shape[1], GROUP):
         tokens = slice(first, first + GROUP)
-        chunks = (None if x is None else x[tokens].unflatten(0, (-1, CHUNK)) for x in (a, b, c, decay))
+        chunks = (None if x is None else _chunks(x[:, tokens]) for x in (a, b, c, decay))
         inside, state = _group(*chunks, state, channels == "contracted")
-        y[tokens] = inside.flatten(0, 1)
+        y[:, tokens] = inside.unflatten(0, (len(y), -1)).flatten(1, 2)
     return y, state
+
+
+def _chunks(x: Tensor) -> Tensor:
+    """[heads, tokens, …] as [heads · chunks, CHUNK, …], in one piece."""
+    return x.unflatten(1, (-1, CHUNK)).flatten(0, 1).contiguous()
 
 
 def _group(
     a: Tensor, b: Tensor, c: Tensor, decay: Tensor | None, state: Tensor, contracted: bool
 ) -> tuple[Tensor, Tensor]:
-    """y of consecutive chunks [chunks, CHUNK, …], and the state behind them."""
+    """y of each head's consecutive chunks [heads · chunks, CHUNK, …], and the states behind them."""
     if decay is None:
         inside, over = (a @ b.mT).tril_() @ c, None
     else:
@@ -51,14 +57,21 @@ def _group(
             a, b, over = a * into, b * onto, over.mT
         else:
             c = c * onto
-    added = b.mT @ c
-    states = torch.empty_like(added)
-    for i in range(len(added)):
-        states[i] = state
-        state = added[i] + (state if over is None else over[i] * state)
+    states, state = _states(b.mT @ c, over, state)
     if decay is None or contracted:
         return torch.baddbmm(inside, a, states), state
     return inside.add_((a @ states).mul_(into)), state
+
+
+def _states(added: Tensor, over: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before every chunk, of what each adds and of what is left of one over it, and those behind the last."""
+    heads = len(state), -1
+    states, added = torch.empty_like(added), added.unflatten(0, heads)
+    before, over = states.unflatten(0, heads), None if over is None else over.unflatten(0, heads)
+    for i in range(added.shape[1]):
+        before[:, i] = state
+        state = added[:, i] + (state if over is None else over[:, i] * state)
+    return states, state
 
 
 def _pairs(G: Tensor, dtype: torch.dtype) -> Tensor:
@@ -128,4 +141,4 @@ def _decayed_sums(product: Tensor, c: Tensor, G: Tensor) -> Tensor:
 
 def padded(x: Tensor) -> Tensor:
     """x with zero rows appended up to whole chunks."""
-    return F.pad(x, (0, 0, 0, -len(x) % CHUNK))
+    return F.pad(x, (0, 0, 0, -x.shape[-2] % CHUNK))
