@@ -43,7 +43,7 @@ def launch(D: int, itemsize: int, arch: int, shaped: bool, probs: bool) -> Launc
     if itemsize == 4:
         if D > 128:
             return Launch(16, 16, 4, 1)
-        return Launch(32, 16, 8, 2) if shaped and D > 64 else Launch(32, 16, 4, 1)
+        return Launch(32, 16, 8, 1 if probs else 2) if shaped and D > 64 else Launch(32, 16, 4, 1)
     lean = not shaped and not probs
     if D > 128:
         if shaped and probs:

@@ -41,10 +41,10 @@ FAR = tl.constexpr(2147483647)
 def launch(D: int, itemsize: int, arch: int) -> Launch:
     """Tiles by head dim and dtype; arch is `architecture`'s."""
     if itemsize == 4:
-        return Launch(32, 16, 4, 1)
+        return Launch(32, 16, 8 if arch else 4, 1)
     if D > 128 or arch == 0:
         return Launch(32, 64, 4, 1)
-    return Launch(64, 64, 4, 2) if arch in (90, 100) else Launch(32, 32 if D <= 64 else 64, 4, 2)
+    return Launch(64, 64, 4, 2) if arch in (90, 100) else Launch(32, 64, 4, 2)
 
 
 @triton.jit
