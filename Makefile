@@ -8,7 +8,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 export RESULTS
 
-.PHONY: demo test test-all lint bench gpu sheet
+.PHONY: demo test test-all lint bench claims gpu sheet
 
 demo: .venv/.stamp
 	$(BIN)/causalattn demo --figures out/figures --html out/report.html
@@ -25,6 +25,9 @@ lint: .venv/.stamp
 
 bench: .venv/.stamp
 	$(BIN)/python -m pytest bench
+
+claims: .venv/.stamp
+	$(BIN)/python -m pytest -q tests/test_claims.py --full --claims docs/claims.md
 
 sheet: .venv/.stamp
 	$(BIN)/python bench/kernel_sheet.py

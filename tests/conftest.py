@@ -20,6 +20,7 @@ LARGEST_FILLED = 2**26
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="full example counts, and the tests marked full")
+    parser.addoption("--claims", metavar="FILE", help="write what tests/test_claims.py measures into this page")
 
 
 def pytest_configure(config):
