@@ -240,3 +240,14 @@ def mamba(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 
     u, delta, B, C = (x.transpose(1, 2).contiguous() for x in (u, delta, B, C))
     return selective_scan_fn(u, delta, A, B, C).transpose(1, 2)
+
+
+def eager_hopfield(patterns: Tensor, state: Tensor) -> Tensor:
+    """One update of a modern Hopfield network, β = d^−½, the associations formed."""
+    return torch.softmax(state @ patterns.mT * state.shape[1] ** -0.5, -1) @ patterns
+
+
+def sdpa_hopfield(patterns: Tensor, state: Tensor) -> Tensor:
+    """The same through SDPA, which scales by d^−½."""
+    x = patterns[None, None]
+    return F.scaled_dot_product_attention(state[None, None], x, x)[0, 0]
