@@ -7,8 +7,9 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -85,6 +86,14 @@ def _parser() -> Parser:
     demo = commands.add_parser("demo", help="the same on a small pretrained model, a sentence and a page of prose")
     demo.add_argument("--model", metavar="PATH_OR_NAME", help=f"another model (default: the weights in {DEMO_PACKAGE})")
     demo.set_defaults(run=_demo)
+    memory = demo.add_subparsers(metavar="[hopfield]").add_parser(
+        "hopfield", help="damaged images retrieved from a classical and a modern Hopfield network"
+    )
+    memory.add_argument("--patterns", type=int, default=6, metavar="N", help="images to store, 2 to 12 (default: 6)")
+    memory.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is random (default: 0)")
+    memory.add_argument("--figure", type=Path, metavar="FILE", help="draw it into this PNG")
+    memory.add_argument("--json", action="store_true", help="print JSON in place of the tables")
+    memory.set_defaults(run=_demo_hopfield)
     for each in (sub, demo):
         each.add_argument("--figures", type=Path, metavar="DIR", help="write figures into this folder")
         each.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
@@ -135,23 +144,39 @@ def _demo(arguments: argparse.Namespace) -> None:
     _print_files(files)
 
 
+def _demo_hopfield(arguments: argparse.Namespace) -> None:
+    from .memory_demo import compare_memories, table
+    from .plot.hopfield import draw_memory
+
+    if arguments.model or arguments.figures or arguments.html:
+        raise CommandError("demo hopfield takes none of --model, --figures, --html")
+    measure = partial(compare_memories, arguments.patterns, seed=arguments.seed)
+    _print_measured(arguments, measure, Progress("hopfield", "networks"), table, draw_memory)
+
+
 def _bench_complexity(arguments: argparse.Namespace) -> None:
     from .complexity import LENGTHS, measure_complexity, table
+    from .plot.complexity import draw_complexity
 
-    _check_plotting(arguments.figure)
     shape = {"heads": arguments.heads, "dim": arguments.dim, "tokens": arguments.tokens}
-    progress = Progress("complexity", "lengths")
+    measure = partial(measure_complexity, arguments.lengths or LENGTHS, **shape)
+    _print_measured(arguments, measure, Progress("complexity", "lengths"), table, draw_complexity)
+
+
+def _print_measured(
+    arguments: argparse.Namespace, measure: Callable, progress: "Progress", table: Callable, draw: Callable
+) -> None:
+    """Measure, print the table or the JSON, and draw the figure where one is wanted."""
+    _check_plotting(arguments.figure)
     try:
-        result = measure_complexity(arguments.lengths or LENGTHS, **shape, progress=progress)
+        result = measure(progress=progress)
     except ValueError as error:
         raise CommandError(_one_line(error)) from error
     finally:
         progress.close()
     print(result.to_json() if arguments.json else "\n".join(table(result)))
     if arguments.figure:
-        from .plot.complexity import draw_complexity
-
-        _write({arguments.figure: draw_complexity(result).png()})
+        _write({arguments.figure: draw(result).png()})
         print(f"wrote {arguments.figure}", file=sys.stderr if arguments.json else sys.stdout)
 
 

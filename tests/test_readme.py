@@ -23,6 +23,7 @@ MODULES = [
     "nulls",
     "dense",
     "analysis",
+    "memory_demo",
 ]
 
 
