@@ -173,8 +173,9 @@ def reached_values(values: Tensor, seen: Tensor | None) -> Tensor:
 
 
 def padded(x: Tensor, block: int) -> Tensor:
-    """x with zero rows appended up to a multiple of block."""
-    return F.pad(x, (0, 0, 0, -x.shape[0] % block))
+    """x with zero rows appended up to a multiple of block, x itself where it is one and contiguous."""
+    missing = -x.shape[0] % block
+    return F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
 
 
 def _bounds(start: Tensor, stop: Tensor, T: int) -> list[list[int]]:

@@ -140,5 +140,6 @@ def _decayed_sums(product: Tensor, c: Tensor, G: Tensor) -> Tensor:
 
 
 def padded(x: Tensor) -> Tensor:
-    """x with zero rows appended up to whole chunks."""
-    return F.pad(x, (0, 0, 0, -x.shape[-2] % CHUNK))
+    """x with zero rows appended up to whole chunks, x itself where there are."""
+    missing = -x.shape[-2] % CHUNK
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
