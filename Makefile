@@ -27,7 +27,7 @@ bench: .venv/.stamp
 	$(BIN)/python -m pytest bench
 
 claims: .venv/.stamp
-	$(BIN)/python -m pytest -q tests/test_claims.py --full --claims docs/claims.md
+	$(BIN)/python -m pytest -q tests/test_claims.py --claims docs/claims.md
 
 sheet: .venv/.stamp
 	$(BIN)/python bench/kernel_sheet.py

@@ -14,6 +14,7 @@ LN2 = 0.6931471805599453
 BLOCK = 512
 # finite stand-ins for −inf: a running maximum starts above every forbidden score, so no difference is ever NaN
 FLOOR, FORBIDDEN = -1e20, -1e33
+SMALLEST_UNIT = 1e-12
 
 
 class Head:
@@ -27,8 +28,10 @@ class Head:
         self.dtype = accumulator(q)
         self.T, self.S = q.shape[2], k.shape[2]
         # the unit is positive and joins where a maximum is subtracted, in one rounding; q keeps the sign, exactly
-        self.shaped = logits.softcap > 0 or logits.bias is not None or logits.slopes is not None
-        self.unit = LOG2E if self.shaped or logits.scale == 0 else abs(logits.scale) * LOG2E
+        # times a tiny unit what is forbidden would not be far
+        extras = logits.softcap > 0 or logits.bias is not None or logits.slopes is not None
+        self.shaped = extras or abs(logits.scale) < SMALLEST_UNIT
+        self.unit = LOG2E if self.shaped else abs(logits.scale) * LOG2E
         self.q = padded(q[b, h].to(self.dtype) * (logits.scale > 0 or -(logits.scale < 0)), BLOCK)
         self.k = padded(k[b, h // (q.shape[1] // k.shape[1])].to(self.dtype), BLOCK)
         row = b if logits.start.shape[0] > 1 else 0

@@ -10,11 +10,11 @@ PAGE = Path(__file__).parents[1] / "docs" / "claims.md"
 INTRODUCTION = """\
 # The claims, as tests that run
 
-Each is a property in [tests/test_claims.py](../tests/test_claims.py); a figure is the worst that its test saw in so
-many cases, in float64 on the torch path and in float32 in the kernels, with torch {version}. `make claims` measures and
-writes this page.
+Each is a property in [tests/test_claims.py](../tests/test_claims.py); a figure is the worst of so many readings (or the
+share of them that it says), in float64 on the torch path and in float32 in the kernels, with torch {version}.
+`make claims` measures and writes this page.
 
-| claim | formula | test | cases | measured |
+| claim | formula | test | readings | measured |
 |---|---|---|---|---|
 """
 

@@ -137,7 +137,7 @@ def test_a_stored_pattern_keeps_its_ball(backend, N, beta, seed):
     slack = rounding(X, beta) * math.sqrt(24)
     for _ in range(4):
         state = ca.hopfield_retrieve(state, X, beta=beta, backend=backend).state
-        left = sure.stored & ((state - X).norm(dim=-1) > sure.radius + slack)
+        left = sure.stored & ~((state - X).norm(dim=-1) <= sure.radius + slack)
         saw(test_a_stored_pattern_keeps_its_ball, left.sum())
         assert not left.any()
     assert sure.stored.any()
@@ -164,14 +164,14 @@ def test_a_hot_memory_has_one_fixed_point(backend, size, share, seed):
 
 
 @claim(
-    "share of drawn memories that hold all their patterns: {:.4f} (at least 0.999 claimed)",
-    statistics.mean,
+    "share of drawn memories that hold all their patterns (8, 118 and 1,925 in 20, 30 and 40 dimensions): {:.3f}", min
 )
-def test_capacity_grows_with_the_power_of_the_dimension():
+@pytest.mark.parametrize(("d", "draws", "expected"), [(20, 100, 8), (30, 4, 118), (40, 1, 1925)])
+def test_capacity_grows_with_the_power_of_the_dimension(d, draws, expected):
     """Random patterns are stored in a number exponential in the dimension.
     N = √p · c^((d−1)/4) patterns of norm K√(d−1) are all stored with probability 1 − p, c = b / W₀(e^(a + ln b))
     """
-    p, K, d, beta = 1e-3, 3.0, 20, 1.0
+    p, K, beta = 1e-3, 3.0, 1.0
     a = 2 / (d - 1) * (1 + math.log(2 * beta * K**2 * p * (d - 1)))
     b = 2 * K**2 * beta / 5
     w = 1.0
@@ -179,16 +179,14 @@ def test_capacity_grows_with_the_power_of_the_dimension():
         # Newton's method for w·e^w = e^(a + ln b)
         w -= (w * math.exp(w) - math.exp(a) * b) / (math.exp(w) * (w + 1))
     c = b / w
-    assert abs(c - 3.1546) < 1e-4
     N = math.ceil(math.sqrt(p) * c ** ((d - 1) / 4))
-    draws = sphere(100 * N, d, K * math.sqrt(d - 1), "torch", 0).unflatten(0, (100, N))
-    held = ca.hopfield_retrieve(draws, draws, beta=beta, steps=50, tol=1e-10)
-    sure = ca.hopfield_certificate(held.state, draws, beta=beta)
-    stays = (held.state - draws).norm(dim=-1) <= sure.radius
-    stored = (stays & held.converged).all(-1)
-    for whole in stored:
-        saw(test_capacity_grows_with_the_power_of_the_dimension, whole)
-    assert stored.double().mean() >= 1 - p
+    assert N == expected and c >= (2 / math.sqrt(p)) ** (4 / (d - 1))
+    patterns = sphere(draws * N, d, K * math.sqrt(d - 1), "torch", 0).unflatten(0, (draws, N))
+    held = ca.hopfield_retrieve(patterns, patterns, beta=beta, steps=50, tol=1e-10)
+    radius = ca.hopfield_certificate(held.state[:, :1], patterns, beta=beta).radius
+    stored = (held.converged & ((held.state - patterns).norm(dim=-1) <= radius)).all(-1).double().mean()
+    saw(test_capacity_grows_with_the_power_of_the_dimension, stored)
+    assert stored >= 1 - p
 
 
 def spins(seed, *shape):
@@ -221,10 +219,16 @@ def test_synchronous_spins_cycle_without_the_diagonal_alone(N, d, seed):
     W_ii = 0: ξ, ξ′, ξ, ξ′ … possible, as for W = [[0, 1], [1, 0]], ξ = (1, −1); W = XᵀX/N: E(ξ⁺) ≤ E(ξ)
     """
     xi, X = spins(seed, 12, d), spins(seed + 1, N, d)
-    bare, kept = (ca.classical_hopfield_retrieve(xi, X, mode="sync", keep_diagonal=keep) for keep in (False, True))
+    bare = ca.classical_hopfield_retrieve(xi, X, mode="sync")
     saw(test_synchronous_spins_cycle_without_the_diagonal_alone, bare.cycle.any())
-    assert (bare.converged ^ bare.cycle).all() and kept.converged.all()
-    assert (kept.energy <= ca.classical_hopfield_energy(xi, X, keep_diagonal=True)).all()
+    assert (bare.converged ^ bare.cycle).all()
+    for _ in range(20):
+        kept = ca.classical_hopfield_retrieve(xi, X, mode="sync", keep_diagonal=True, steps=1)
+        assert (kept.energy <= ca.classical_hopfield_energy(xi, X, keep_diagonal=True)).all()
+        xi = kept.state
+    assert kept.converged.all()
+    smallest = ca.classical_hopfield_retrieve(torch.tensor([[1.0, -1.0]]), torch.ones(1, 2), mode="sync")
+    assert smallest.cycle.all()
     cycling = bare.state[bare.cycle]
     twice = ca.classical_hopfield_retrieve(cycling, X, mode="sync", steps=2)
     assert twice.cycle.all()
@@ -324,7 +328,7 @@ def test_the_causal_mask_is_a_global_do(backend, T, seed):
     assert torch.equal(*past)
 
 
-@claim("smallest asymmetry for W_q ≠ W_k: {:.2f}; for W_q = W_k: 0", min)
+@claim("smallest asymmetry for W_q ≠ W_k: {:.2f}; for W_q = W_k at most 1e-7", min)
 @given(T=st.integers(2, 40), D=st.sampled_from([2, 16, 59]), seed=SEEDS)
 def test_two_projections_make_scores_asymmetric(T, D, seed):
     """Cause and effect are told apart by two projections, and by nothing where they are one.

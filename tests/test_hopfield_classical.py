@@ -113,6 +113,7 @@ GOOD = torch.ones(2, 4), torch.ones(3, 4)
         (ValueError, "steps must be an integer from 1, got 0", GOOD, {"steps": 0}),
         (ValueError, r"threshold must have shape \[4\] on cpu, got \[3\]", GOOD, {"threshold": torch.ones(3)}),
         (TypeError, "threshold must be a floating point", GOOD, {"threshold": 1.0}),
+        (ValueError, "threshold must be finite", GOOD, {"threshold": torch.tensor([torch.nan, 0, 0, 0])}),
         (TypeError, "patterns must have state's dtype", (GOOD[0], GOOD[1].double()), {}),
     ],
 )

@@ -66,11 +66,26 @@ def test_float64_goes_through_the_torch_path(case):
         np.testing.assert_allclose(to_numpy(x), y, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.full)])
-@pytest.mark.parametrize("kind", DECAYS)
-def test_more_than_one_group_of_the_torch_path(backend, kind):
-    q, k, v = make_qkv(1, 2, 1, 2100, 2100, 16, 8)
-    options = {"decay": make_decay(kind, 1, 2, 2100, 16, low=-0.01), "initial_state": make_state(1, 2, 16, 8)}
+# about a group of the torch path and of the kernels, and about a part of the torch path
+LENGTHS = [("torch", T) for T in (1023, 1024, 1025, 4095, 4097)]
+LENGTHS += [pytest.param("triton", T, marks=pytest.mark.full) for T in (1023, 1025, 2100)] * ("triton" in PATHS)
+
+
+@pytest.mark.parametrize(("backend", "T"), LENGTHS)
+@pytest.mark.parametrize("kind", DECAYS[:3])
+def test_around_the_length_of_a_group(backend, T, kind):
+    check_length(backend, T, kind)
+
+
+# the rival's weights take T² · D
+@pytest.mark.parametrize(("backend", "T"), [*LENGTHS[:3], *LENGTHS[5:]])
+def test_around_the_length_of_a_group_with_a_decay_a_channel(backend, T):
+    check_length(backend, T, "channel")
+
+
+def check_length(backend, T, kind):
+    q, k, v = make_qkv(1, 2, 1, T, T, 16, 8)
+    options = {"decay": make_decay(kind, 1, 2, T, 16, low=-0.01), "initial_state": make_state(1, 2, 16, 8)}
     check(backend, q, k, v, options)
 
 

@@ -133,10 +133,11 @@ def test_through_one_result_alone(backend, kind, through):
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.full)])
+@pytest.mark.parametrize("T", [1024, 1025])
 @pytest.mark.parametrize("kind", DECAYS[:3])
-def test_more_than_one_group_of_the_torch_path(backend, kind):
-    q, k, v = make_qkv(1, 1, 1, 1100, 1100, 16, 8)
-    check(backend, q, k, v, {"decay": make_decay(kind, 1, 1, 1100, 16, low=-0.01)})
+def test_around_the_length_of_a_group(backend, T, kind):
+    q, k, v = make_qkv(1, 1, 1, T, T, 16, 8)
+    check(backend, q, k, v, {"decay": make_decay(kind, 1, 1, T, 16, low=-0.01)})
 
 
 @pytest.mark.parametrize("backend", PATHS)

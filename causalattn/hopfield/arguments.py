@@ -32,10 +32,12 @@ class Memory(NamedTuple):
     def energy(self, state: Tensor, lse: Tensor) -> Tensor:
         """E(ξ) of states whose log-sum-exp over the patterns is lse."""
         wide = state.to(lse.dtype)
-        norms = torch.linalg.vecdot(wide, wide) + self.largest**2
+        if isinstance(self.beta, Tensor):
+            # of the states that β·ξ, rounded, stands for
+            wide = self.queries(state)[0].to(lse.dtype) / self.beta[..., None]
         # a tensor: a number would be a constant of the compiled graph
         count = lse.new_full((), self.patterns.shape[2])
-        return norms / 2 - (lse - count.log()) / self.beta
+        return (wide.square().sum(-1) + self.largest**2) / 2 - (lse - count.log()) / self.beta
 
     def restored(self, x: Tensor) -> Tensor:
         """A result with the caller's leading axes."""
@@ -50,8 +52,9 @@ def resolve(state: Tensor, patterns: Tensor, values: Tensor | None, beta: float 
     stored = [None if x is None else _stored(x, lead) for x in (patterns, values)]
     largest = torch.linalg.vector_norm(stored[0], dim=3, dtype=accumulator(state)).amax(2, keepdim=True)
     if not (state.is_cuda or torch.compiler.is_compiling()) and not largest.isfinite().all():
-        raise ValueError("patterns must be finite, got NaN or inf")
-    return Memory(_folded(state.expand(*lead, -1, -1), lead), *stored, beta, lead, largest)
+        raise ValueError("patterns must be finite and of finite norm, got NaN or inf")
+    state = state.expand(*lead, -1, -1).reshape(*_folded(lead), *state.shape[-2:])
+    return Memory(state, *stored, beta, lead, largest)
 
 
 def check_patterns(state: Tensor, patterns: Tensor) -> tuple[int, ...]:
@@ -82,9 +85,9 @@ def _check_values(values: Tensor, patterns: Tensor) -> None:
         raise ValueError(f"values must have shape [{wanted}, V], V ≥ 1, got {list(values.shape)}")
 
 
-def _folded(x: Tensor, lead: tuple[int, ...]) -> Tensor:
-    """The axes before the last two as two: [B, H, …]."""
-    return x.reshape(math.prod(lead[:-1]), *lead[-1:] or (1,), *x.shape[-2:])
+def _folded(lead: tuple[int, ...]) -> tuple[int, int]:
+    """B and H of leading axes."""
+    return (0, 1) if 0 in lead else (math.prod(lead[:-1]), lead[-1] if lead else 1)
 
 
 def _stored(x: Tensor, lead: tuple[int, ...]) -> Tensor:
@@ -93,24 +96,35 @@ def _stored(x: Tensor, lead: tuple[int, ...]) -> Tensor:
     x = x.view(*own, *x.shape[-2:])
     if not lead:
         return x[None, None]
+    if 0 in lead:
+        return x.new_empty(0, 1, *x.shape[-2:])
     return x.expand(*lead[:-1], -1, -1, -1).reshape(math.prod(lead[:-1]), own[-1], *x.shape[-2:])
 
 
 def _resolve_beta(beta: float | Tensor | None, shape: tuple[int, ...], state: Tensor) -> float | Tensor:
     if beta is None:
         return state.shape[-1] ** -0.5
+    limits = torch.finfo(accumulator(state))
     if not isinstance(beta, Tensor):
-        if not 0 < beta < math.inf:
-            raise ValueError(f"beta must be positive and finite, got {beta}")
+        if not is_number(beta):
+            raise TypeError(f"beta must be a number or a torch.Tensor, got {type(beta).__name__}")
+        if not limits.tiny <= beta <= limits.max:
+            raise ValueError(f"beta must be positive and finite in {limits.dtype}, got {beta}")
         return float(beta)
-    if not beta.is_floating_point() or beta.device != state.device:
-        raise TypeError(f"beta must be floating point on {state.device}, got {beta.dtype} on {beta.device}")
+    if not beta.is_floating_point():
+        raise TypeError(f"beta must be floating point, got {beta.dtype}".replace("torch.", ""))
+    if beta.device != state.device:
+        raise ValueError(f"beta must be on state's device {state.device}, got {beta.device}")
     if beta.ndim > len(shape) or any(n not in (1, m) for n, m in zip(beta.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(f"beta must broadcast to {list(shape)}, got {list(beta.shape)}")
-    if not (beta.is_cuda or torch.compiler.is_compiling()) and not ((beta > 0) & beta.isfinite()).all():
-        raise ValueError("beta must be positive and finite everywhere")
-    beta = beta.to(accumulator(state)).expand(shape)
-    return beta.reshape(math.prod(shape[:-2]), *shape[-2:-1] or (1,), shape[-1])
+    beta = beta.to(accumulator(state))
+    if not (beta.is_cuda or torch.compiler.is_compiling()) and not ((beta >= limits.tiny) & (beta <= limits.max)).all():
+        raise ValueError(f"beta must be positive and finite in {limits.dtype} everywhere")
+    return beta.expand(shape).reshape(*_folded(shape[:-1]), shape[-1])
+
+
+def is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _check_matrix(name: str, x: Tensor, axes: str) -> None:

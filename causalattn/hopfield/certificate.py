@@ -59,7 +59,7 @@ def hopfield_certificate(
     Raises:
         ValueError, TypeError, NotImplementedError: as in `hopfield_retrieve`.
 
-    Source: Ramsauer et al. 2020 (arXiv:2008.02217), theorems 4 and 5, lemmas A3 to A6.
+    Source: Ramsauer et al. 2020 (arXiv:2008.02217), appendix: separation, fixed points, retrieval error.
 
     Example:
         >>> hopfield_certificate(torch.tensor([[0.9, 0.2]]), 3 * torch.eye(2), beta=2.0).bound
@@ -68,6 +68,9 @@ def hopfield_certificate(
     memory = resolve(state, patterns, None, beta)
     q, scale = memory.queries(memory.state)
     values, indices = attention_topk(q, memory.patterns, 2, scale=scale, backend=backend)
+    if isinstance(memory.beta, Tensor):
+        # β·ξ, rounded, need not have the order of ξ
+        indices = attention_topk(memory.state, memory.patterns, 2, scale=1.0, backend=backend).indices
     first, second = indices.unbind(3)
     nearest = _rows(memory, first)
     margin = _gap(memory, memory.state, nearest, second)
@@ -104,5 +107,5 @@ def _rows(memory: Memory, indices: Tensor) -> Tensor:
 def _gap(memory: Memory, state: Tensor, pattern: Tensor, other: Tensor) -> Tensor:
     """By how much a state's product with one pattern exceeds that with another, by index; ∞ where there is none."""
     wide = accumulator(state)
-    gap = torch.linalg.vecdot(state.to(wide), pattern.to(wide) - _rows(memory, other).to(wide))
+    gap = (state.to(wide) * (pattern.to(wide) - _rows(memory, other).to(wide))).sum(-1)
     return gap.masked_fill(other < 0, math.inf)

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from .._backend import accumulator
 from .arguments import check_patterns
+from .modern import check_steps
 
 
 class ClassicalRetrieval(NamedTuple):
     """state [..., L, d], spins in their dtype; the others [..., L], a query each.
 
-    energy: E of the state. steps: how many changed it. converged: whether one more would not. cycle: whether it goes to
-    and fro between two states.
+    energy: E of the state. steps: how many changed it. converged: whether a step was made that did not. cycle: whether
+    a step was made that led back to the state before.
     """
 
     state: Tensor
@@ -53,6 +54,7 @@ def classical_hopfield_energy(
     return network.energy(network.state).to(accumulator(state))
 
 
+@torch.no_grad()
 def classical_hopfield_retrieve(
     state: Tensor,
     patterns: Tensor,
@@ -74,17 +76,18 @@ def classical_hopfield_retrieve(
     Args:
         state, patterns, keep_diagonal, threshold: as in `classical_hopfield_energy`.
         mode: "async" or "sync".
-        steps: at most how many.
-        generator: draws the orders of "async", on the CPU; every state goes by the same ones.
+        steps: at most how many; on CUDA all are made.
+        generator: draws the orders of "async", as many as steps, on the CPU; every state goes by the same ones.
 
     Returns:
-        ClassicalRetrieval. A cycle is left in one of its two states.
+        ClassicalRetrieval, without gradient. A cycle is left in one of its two states. On CUDA values are not read:
+        what is not ±1 has fields that mean nothing.
 
     Raises:
         ValueError: as in `classical_hopfield_energy`; an unknown mode, steps < 1.
         TypeError: a dtype that does not fit.
 
-    Source: Hopfield 1982 (doi:10.1073/pnas.79.8.2554); the 2-cycle in Bruck and Goodman 1988 (doi:10.1109/18.21239).
+    Source: Hopfield 1982 (doi:10.1073/pnas.79.8.2554); cycles in Bruck and Goodman 1988 (IEEE Trans. Inf. Theory 34).
 
     Example:
         >>> pattern = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
@@ -93,15 +96,15 @@ def classical_hopfield_retrieve(
     """
     if mode not in ("async", "sync"):
         raise ValueError(f"mode must be 'async' or 'sync', got {mode!r}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer from 1, got {steps}")
+    check_steps(steps, None, False)
     network = _Network(state, patterns, keep_diagonal, threshold)
     xi = before = network.state
     shape, device = xi.shape[:-1], xi.device
     made = torch.zeros(shape, dtype=torch.int64, device=device)
     converged, cycle = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))
+    orders = [torch.randperm(xi.shape[-1], generator=generator) for _ in range(steps if mode == "async" else 0)]
     for step in range(steps):
-        new = network.turned(xi) if mode == "sync" else network.turned_in(xi, _order(xi, generator))
+        new = network.turned(xi) if mode == "sync" else network.turned_in(xi, orders[step])
         moving = ~(converged | cycle)
         stays = (new == xi).all(-1)
         # the state before the last one comes back
@@ -110,7 +113,7 @@ def classical_hopfield_retrieve(
         moving = moving & ~stays & ~returns
         before, xi = torch.where(moving[..., None], xi, before), torch.where(moving[..., None], new, xi)
         made += moving
-        if not xi.is_cuda and not moving.any():
+        if not (xi.is_cuda or torch.compiler.is_compiling()) and not moving.any():
             break
     energy = network.energy(xi).to(accumulator(state))
     return ClassicalRetrieval(xi.to(state.dtype), energy, made, converged, cycle)
@@ -154,12 +157,8 @@ class _Network:
         return xi
 
 
-def _order(xi: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randperm(xi.shape[-1], generator=generator)
-
-
 def _check_spins(name: str, x: Tensor) -> None:
-    if not x.is_cuda and (x.abs() != 1).any():
+    if not (x.is_cuda or torch.compiler.is_compiling()) and (x.abs() != 1).any():
         raise ValueError(f"{name} must hold spins, 1 or -1, got {x[x.abs() != 1][0].item():g}")
 
 
@@ -169,3 +168,5 @@ def _check_threshold(threshold: Tensor, state: Tensor) -> None:
     if threshold.shape != state.shape[-1:] or threshold.device != state.device:
         wanted = f"shape [{state.shape[-1]}] on {state.device}"
         raise ValueError(f"threshold must have {wanted}, got {list(threshold.shape)} on {threshold.device}")
+    if not (threshold.is_cuda or torch.compiler.is_compiling()) and not threshold.isfinite().all():
+        raise ValueError("threshold must be finite, got NaN or inf")

@@ -1,5 +1,6 @@
 """Modern Hopfield retrieval: attention whose queries are states and whose keys and values are the stored patterns."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from .._backend import Backend
 from ..attention import attention
 from ..statistics import attention_stats
-from .arguments import Memory, resolve
+from .arguments import Memory, is_number, resolve
 
 
 class Retrieval(NamedTuple):
@@ -48,14 +49,14 @@ def hopfield_retrieve(
         patterns: X, [..., N, d]; its leading axes broadcast with state's.
         values: what a pattern stands for, [..., N, V]: the last step reads these in place of the patterns.
         beta: inverse temperature, a number or a tensor that broadcasts to [..., L]: [H, 1] for one a head, [L] for one
-            a query. A tensor multiplies the states, in their dtype. d^−½ by default.
+            a query. A tensor multiplies the states in their dtype, whose range β·ξ must not leave. d^−½ by default.
         steps: how many, or at most how many with tol.
-        tol: a query stops after an update no longer than this.
+        tol: a query stops after an update no longer than this; on a saddle, where updates are short, too soon.
         backend: "auto" takes Triton for CUDA tensors and torch otherwise.
 
     Returns:
         Retrieval. The energy comes from the last pass, and so is E before its update; that of the result is lower by at
-        least ½ change² (`hopfield_energy`).
+        least ½ change² (`hopfield_energy`). On CUDA values are not read: a wrong beta or pattern gives NaN.
 
     Raises:
         ValueError: a shape or device that does not fit, no pattern, beta or tol that is not positive, steps < 1 (< 2
@@ -69,12 +70,7 @@ def hopfield_retrieve(
         >>> hopfield_retrieve(torch.tensor([[0.9, 0.2]]), torch.eye(2), beta=20.0).state
         tensor([[1.0000e+00, 8.3153e-07]])
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer from 1, got {steps}")
-    if tol is not None and not tol > 0:
-        raise ValueError(f"tol must be positive, got {tol}")
-    if tol is not None and values is not None and steps < 2:
-        raise ValueError(f"steps must be at least 2 where values are read after a tol, got {steps}")
+    check_steps(steps, tol, values is not None)
     memory = resolve(state, patterns, values, beta)
     moved = _updated(memory, steps if values is None else steps - 1, tol, backend)
     if values is not None:
@@ -82,11 +78,20 @@ def hopfield_retrieve(
     return Retrieval(*(None if x is None else memory.restored(x) for x in moved))
 
 
+def check_steps(steps: int, tol: float | None, reads_values: bool) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps must be an integer from 1, got {steps}")
+    if tol is not None and not (is_number(tol) and 0 < tol < math.inf):
+        raise ValueError(f"tol must be a positive number, got {tol}")
+    if tol is not None and reads_values and steps < 2:
+        raise ValueError(f"steps must be at least 2 where values are read after a tol, got {steps}")
+
+
 def _updated(memory: Memory, steps: int, tol: float | None, backend: Backend) -> Retrieval:
     """Up to so many updates."""
     xi = memory.state
     moving = torch.ones(xi.shape[:3], dtype=torch.bool, device=xi.device)
-    made, energy, change = moving.long() * 0, None, None
+    made, energy, change = torch.zeros_like(moving, dtype=torch.int64), None, None
     for _ in range(steps):
         q, scale = memory.queries(xi)
         out, lse, _ = attention(q, memory.patterns, memory.patterns, scale=scale, backend=backend)

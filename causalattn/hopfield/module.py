@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from .._backend import Backend
-from .modern import Retrieval, hopfield_retrieve
+from .modern import Retrieval, check_steps, hopfield_retrieve
 
 
 class Hopfield(nn.Module):
@@ -11,9 +11,11 @@ class Hopfield(nn.Module):
 
         ξ = W_q state, X = W_k patterns, V = W_v values; out = W_o · values that ξ retrieves after `steps` − 1 updates
 
-    For users of `hflayers.Hopfield`: there is no layer norm here, on nothing; β is the same at every step, and
-    dim^−½ of a head by default; a query stops by itself, where there all of a batch stop together; the association
-    matrix is never formed; `retrieve` gives energies. project=False is their three `*_as_static` together.
+    For users of `hflayers.Hopfield`: there is no layer norm here, on nothing. β is the same at every step, a head's
+    width^−½ by default with projections or without, where theirs is 1 without. tol bounds the length of an update, and
+    each query stops by itself; theirs bounds the change of softmax weights, of a whole batch. The association matrix is
+    never formed, and `retrieve` gives energies. project=False is their three `*_as_static` with
+    `disable_out_projection`.
 
     Args:
         dim: width of state and, with project, of out.
@@ -29,7 +31,8 @@ class Hopfield(nn.Module):
     [B, L, dim], or [B, L, value_dim] without projections.
 
     Raises:
-        ValueError: heads that do not divide dim, widths that differ without projections.
+        ValueError: heads that do not divide dim, widths that differ without projections, a beta, steps or tol that
+            does not fit; in a call, a tensor of another shape.
 
     Source: Ramsauer et al. 2020 (arXiv:2008.02217).
 
@@ -62,7 +65,11 @@ class Hopfield(nn.Module):
                 f"pattern_dim must be dim {dim} and value_dim a multiple of heads {heads} without projections, "
                 f"got {pattern_dim} and {value_dim}"
             )
+        if isinstance(beta, Tensor) and beta.shape != (heads,):
+            raise ValueError(f"beta must have shape [{heads}], got {list(beta.shape)}")
+        check_steps(steps, tol, project)
         self.heads, self.steps, self.tol, self.backend = heads, steps, tol, backend
+        self.dims = {"state": dim, "patterns": pattern_dim, "values": value_dim}
         if isinstance(beta, Tensor) and not isinstance(beta, nn.Parameter):
             self.register_buffer("beta", beta)
         else:
@@ -83,9 +90,12 @@ class Hopfield(nn.Module):
 
     def retrieve(self, state: Tensor, patterns: Tensor, values: Tensor | None = None) -> Retrieval:
         """The heads' retrieval before the last projection: state [B, heads, L, …], energies [B, heads, L]."""
-        q, k = self._split(self.query(state)), self._split(self.key(patterns))
         if self.project:
             values = patterns if values is None else values
+        for (name, dim), x in zip(self.dims.items(), (state, patterns, values), strict=True):
+            if x is not None and (x.ndim != 3 or x.shape[2] != dim):
+                raise ValueError(f"{name} must have shape [B, …, {dim}], got {list(x.shape)}")
+        q, k = self._split(self.query(state)), self._split(self.key(patterns))
         v = None if values is None else self._split(self.value(values))
         beta = self.beta[:, None] if isinstance(self.beta, Tensor) else self.beta
         return hopfield_retrieve(q, k, v, beta=beta, steps=self.steps, tol=self.tol, backend=self.backend)
