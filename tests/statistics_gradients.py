@@ -114,8 +114,24 @@ def check(backend, q, k, mask, want, seed=0, **logits):
         stats = formula(a, b, intervals, **options)
         results.append(torch.autograd.grad(loss({name: stats[name] for name in want}, seed), inputs))
     roundings = score_roundings(q, k)
-    for x, plain, exact in zip(got, *results, strict=True):
-        assert_within_reference_error(x, plain.to(x.dtype), exact.cpu(), axis=None, roundings=roundings)
+    sums = absolute_terms(q, k, intervals, want, seed, logits) + [0.0 for _ in got[2:]]
+    for x, plain, exact, terms in zip(got, *results, sums, strict=True):
+        largest = exact.abs().max().item()
+        terms = terms / largest if largest else 1.0
+        assert_within_reference_error(x, plain.to(x.dtype), exact.cpu(), axis=None, roundings=roundings, terms=terms)
+
+
+def absolute_terms(q, k, intervals, want, seed, logits):
+    """The largest Σ_j |dS_ij k_j| and Σ_i |dS_ij q_i| of the gradients of q and k, in float64."""
+    a, b, options, _ = leaves(q, k, torch.float64, **logits)
+    probe = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.float64, device=q.device, requires_grad=True)
+    options["bias"] = probe + options.get("bias", 0)
+    stats = formula(a, b, intervals, **options)
+    (dS,) = torch.autograd.grad(loss({name: stats[name] for name in want}, seed), probe)
+    dS = dS.abs() * options.get("scale", q.shape[3] ** -0.5)
+    share = q.shape[1] // k.shape[1]
+    dq, dk = dS @ b.abs().repeat_interleave(share, 1), (dS.mT @ a.abs()).unflatten(1, (-1, share)).sum(2)
+    return [x.detach().max().item() for x in (dq, dk)]
 
 
 @st.composite
