@@ -61,8 +61,10 @@ def check(backend, q, k, mask, want, columns=("sink",), **logits):
 
 def lse_roundings(q, k, lse, bias=None, softcap=None, **_):
     """Roundings of the largest lse that those of a score's parts are: a bias may cancel what it is added to."""
+    if bias is None:
+        return 0
     rounded = score_roundings(q, k) - 2
-    parts = min(rounded, softcap or rounded) + (0 if bias is None else bias[bias.isfinite()].abs().max().item())
+    parts = min(rounded, softcap or rounded) + bias[bias.isfinite()].abs().max().item()
     largest = np.abs(np.where(np.isfinite(lse), lse, 0)).max(initial=0.0)
     return (rounded + 2 * parts) / largest if largest else 0
 

@@ -101,12 +101,21 @@ def _stored(x: Tensor, lead: tuple[int, ...]) -> Tensor:
     return x.expand(*lead[:-1], -1, -1, -1).reshape(math.prod(lead[:-1]), own[-1], *x.shape[-2:])
 
 
+def check_steps(steps: int, tol: float | None, reads_values: bool) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps must be an integer from 1, got {steps}")
+    if tol is not None and not (_is_number(tol) and 0 < tol < math.inf):
+        raise ValueError(f"tol must be a positive number, got {tol}")
+    if tol is not None and reads_values and steps < 2:
+        raise ValueError(f"steps must be at least 2 where values are read after a tol, got {steps}")
+
+
 def _resolve_beta(beta: float | Tensor | None, shape: tuple[int, ...], state: Tensor) -> float | Tensor:
     if beta is None:
         return state.shape[-1] ** -0.5
     limits = torch.finfo(accumulator(state))
     if not isinstance(beta, Tensor):
-        if not is_number(beta):
+        if not _is_number(beta):
             raise TypeError(f"beta must be a number or a torch.Tensor, got {type(beta).__name__}")
         if not limits.tiny <= beta <= limits.max:
             raise ValueError(f"beta must be positive and finite in {limits.dtype}, got {beta}")
@@ -123,7 +132,7 @@ def _resolve_beta(beta: float | Tensor | None, shape: tuple[int, ...], state: Te
     return beta.expand(shape).reshape(*_folded(shape[:-1]), shape[-1])
 
 
-def is_number(x: object) -> bool:
+def _is_number(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .._backend import accumulator
-from .arguments import check_patterns
-from .modern import check_steps
+from .arguments import check_patterns, check_steps
 
 
 class ClassicalRetrieval(NamedTuple):

@@ -1,6 +1,5 @@
 """Modern Hopfield retrieval: attention whose queries are states and whose keys and values are the stored patterns."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from .._backend import Backend
 from ..attention import attention
 from ..statistics import attention_stats
-from .arguments import Memory, is_number, resolve
+from .arguments import Memory, check_steps, resolve
 
 
 class Retrieval(NamedTuple):
@@ -76,15 +75,6 @@ def hopfield_retrieve(
     if values is not None:
         moved = _read(memory, moved, backend)
     return Retrieval(*(None if x is None else memory.restored(x) for x in moved))
-
-
-def check_steps(steps: int, tol: float | None, reads_values: bool) -> None:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps must be an integer from 1, got {steps}")
-    if tol is not None and not (is_number(tol) and 0 < tol < math.inf):
-        raise ValueError(f"tol must be a positive number, got {tol}")
-    if tol is not None and reads_values and steps < 2:
-        raise ValueError(f"steps must be at least 2 where values are read after a tol, got {steps}")
 
 
 def _updated(memory: Memory, steps: int, tol: float | None, backend: Backend) -> Retrieval:

@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from .._backend import Backend
-from .modern import Retrieval, check_steps, hopfield_retrieve
+from .arguments import check_steps
+from .modern import Retrieval, hopfield_retrieve
 
 
 class Hopfield(nn.Module):
