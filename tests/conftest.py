@@ -1,5 +1,6 @@
 """Every test runs under the Triton interpreter where there is no GPU, and with NaN in whatever was left unwritten."""
 
+import gc
 import os
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import settings
 # before anything imports Triton: a kernel is bound to the interpreter where it is defined
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import interpreter
 
 settings.register_profile("default", max_examples=10, deadline=None, derandomize=True)
 settings.register_profile("full", max_examples=100, deadline=None, derandomize=True)
@@ -25,6 +28,15 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     settings.load_profile("full" if config.getoption("--full") else "default")
+    interpreter.search_builtins_once()
+    # the interpreter's objects are many and form no cycles
+    gc.set_threshold(100_000)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    names = pyfuncitem._fixtureinfo.argnames
+    interpreter.call_with_room(pyfuncitem.obj, **{name: pyfuncitem.funcargs[name] for name in names})
+    return True
 
 
 def pytest_collection_modifyitems(config, items):

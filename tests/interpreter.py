@@ -1,0 +1,30 @@
+"""What makes Triton's interpreter twice as fast in tests, without a change of what it computes."""
+
+import functools
+
+from triton.runtime import interpreter
+
+
+def call_with_room(test, **kwargs):
+    """CPython maps a page of stack, and unmaps it, at each call that crosses a page's end: here the page is large."""
+    return test(**kwargs)
+
+
+call_with_room.__code__ = call_with_room.__code__.replace(co_stacksize=2**15)
+
+
+def search_builtins_once() -> None:
+    """The interpreter searches all of triton.language whenever a kernel calls a function: let it search once."""
+    interpreter._patch_builtin = patch_builtins
+
+
+def patch_builtins(module, builder, scope) -> None:
+    for name in builtins_of(module):
+        member = getattr(module, name)
+        if interpreter.tl.core.is_builtin(member):
+            interpreter._patch_attr(module, name, member, builder, scope)
+
+
+@functools.cache
+def builtins_of(module) -> list[str]:
+    return [name for name in dir(module) if interpreter.tl.core.is_builtin(getattr(module, name))]
