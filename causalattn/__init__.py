@@ -25,6 +25,7 @@ from .hopfield import (
 )
 from .integrations import bertviz as _bertviz  # noqa: F401  (ca.integrations.bertviz.head_view)
 from .integrations import transformers as _transformers  # noqa: F401  (ca.integrations.transformers.register())
+from .interventions import Do, Plan, Receipt, do
 from .linear_attention import (
     LinearAttentionOutput,
     LinearState,
@@ -45,6 +46,7 @@ __all__ = [
     "AttentionStats",
     "Certificate",
     "ClassicalRetrieval",
+    "Do",
     "FixedPoint",
     "HeadScores",
     "Hopfield",
@@ -53,6 +55,8 @@ __all__ = [
     "LinearState",
     "Mask",
     "Null",
+    "Plan",
+    "Receipt",
     "Report",
     "Retrieval",
     "ScanOutput",
@@ -72,6 +76,7 @@ __all__ = [
     "conventions",
     "dag_score",
     "dense",
+    "do",
     "feature_maps",
     "full",
     "hopfield_certificate",

@@ -23,6 +23,31 @@ class Logits(NamedTuple):
     softcap: float
     sink: Tensor | None
 
+    def of_head(self, b: int, h: int) -> "Logits":
+        """Those of one head of one sequence, as a batch of one."""
+
+        def one(x: Tensor, *at: int) -> Tensor:
+            for axis, n in enumerate(at):
+                x = x.narrow(axis, n if x.shape[axis] > 1 else 0, 1)
+            return x
+
+        start, stop = one(self.start, b), one(self.stop, b)
+        bias, slopes = (None if x is None else one(x, b, h) for x in (self.bias, self.slopes))
+        sink = None if self.sink is None else one(self.sink, h)
+        return self._replace(start=start, stop=stop, bias=bias, slopes=slopes, sink=sink)
+
+    def of_rows(self, rows: Tensor, S: int, dtype: torch.dtype) -> "Logits":
+        """Those of some rows over S keys, ALiBi as a dense bias in dtype: chosen rows have no common offset."""
+        bias = self.bias
+        if bias is not None and bias.shape[2] > 1:
+            bias = bias[:, :, rows]
+        if self.slopes is not None:
+            distance = (rows[:, None] + self.offset - torch.arange(S, device=rows.device)).abs()
+            alibi = -self.slopes.to(dtype)[:, :, None, None] * distance
+            bias = alibi if bias is None else bias + alibi
+        start, stop = (bound.index_select(1, rows) for bound in (self.start, self.stop))
+        return self._replace(start=start, stop=stop, bias=bias, slopes=None)
+
 
 def check_qk(q: Tensor, k: Tensor) -> None:
     for name, x in (("q", q), ("k", k)):

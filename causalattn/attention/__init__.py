@@ -7,8 +7,12 @@ from torch import Tensor
 
 from .._backend import Backend
 from .._checks import check_probs_dtype, check_qk, check_v, resolve_logits, resolve_mask
+from ..interventions import Plan
+from ..interventions.edges import surgeries_of, touched_rows
 from ..masks import Intervals, Mask
 from .forward import attend
+from .intervene import Inputs, operate
+from .intervened_rows import edited_rows
 from .map import AttentionMap, attention_map
 from .rows import attention_rows
 from .topk import TopK, attention_topk
@@ -39,6 +43,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    do: Plan | None = None,
     return_probs: bool = False,
     probs_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
@@ -59,6 +64,9 @@ def attention(
         scale: multiplies q·k; D^−½ by default.
         softcap: bound of the scores in natural units; None for none.
         sink: a learned logit a head, [H], that takes probability and gives no value.
+        do: interventions, of `Do`, on the rows they name (p_i) and the keys: closed forms, so that each edge costs
+            O(D), and a row that loses most of its probability O(S·D). After a hard do a row's lse is the score of its
+            one key; a row that keeps no key has out 0 and lse −∞.
         return_probs: also return A, [B, H, T, S]: O(T·S) memory.
         probs_dtype: A's dtype, q's (the default) or float32 (float64 for float64 q).
         backend: "auto" takes Triton for CUDA tensors and torch otherwise.
@@ -68,8 +76,9 @@ def attention(
         rows that may attend it; in v it may reach the rows of a tile where some row may attend it.
 
     Raises:
-        ValueError: a shape, device, mask or softcap that does not fit.
-        TypeError: a dtype that does not fit, or float64 with backend="triton".
+        ValueError: a shape, device, mask or softcap that does not fit; an intervention out of range, on an edge that
+            the mask forbids, or in conflict with another.
+        TypeError: a dtype that does not fit, float64 with backend="triton", or a do that is no Plan.
         NotImplementedError: backend="triton" without the triton package.
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762); computed online as in Dao et al. 2022 (arXiv:2205.14135).
@@ -78,6 +87,8 @@ def attention(
         >>> q = k = v = torch.eye(2).view(1, 1, 2, 2)
         >>> attention(q, k, v, causal=True).lse
         tensor([[[0.7071, 1.1079]]])
+        >>> attention(q, k, v, causal=True, do=Do.cut(1, 0)).out[0, 0, 1]
+        tensor([0., 1.])
     """
     check_qk(q, k)
     check_v(v, k)
@@ -86,4 +97,10 @@ def attention(
     logits = resolve_logits(q, k, intervals, **options)
     dtype = check_probs_dtype(probs_dtype, q) if return_probs else None
     out, lse, _, _, probs = attend(q, k, v, *logits, dtype, backend)
+    if do is not None:
+        surgeries = surgeries_of(do, q, k, intervals)
+        out, lse, _ = operate(surgeries, Inputs(q, k, v, logits, backend), out, lse)
+        if return_probs:
+            rows = touched_rows(surgeries, q.device)
+            probs = probs.index_copy(2, rows, edited_rows(surgeries, q, k, logits, rows, dtype, backend)[0])
     return AttentionOutput(out, lse, probs if return_probs else None)

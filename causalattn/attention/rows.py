@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from .._backend import Backend, accumulator
-from .._checks import Logits, check_probs_dtype, check_qk, resolve_logits, resolve_mask
+from .._checks import check_probs_dtype, check_qk, resolve_logits, resolve_mask
+from ..interventions.edges import surgeries_of
+from ..interventions.plan import Plan
 from ..masks import Intervals, Mask
 from .forward import attend
+from .intervened_rows import edited_rows
 
 
 def attention_rows(
@@ -23,6 +26,7 @@ def attention_rows(
     scale: float | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    do: Plan | None = None,
     probs_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -37,8 +41,8 @@ def attention_rows(
             sequence is checked, and so is a tensor on the CPU; the values of a CUDA tensor cannot be read without
             waiting for it, so there one out of range gives the nearest row. torch.compile checks no tensor's values.
             For a CUDA graph they must be on q's device already.
-        causal, mask, bias, alibi_slopes, scale, softcap, sink: as in `attention`. Slopes become a dense bias here,
-            of the output's size.
+        causal, mask, bias, alibi_slopes, scale, softcap, sink, do: as in `attention`. Slopes and interventions become a
+            dense bias here, of the output's size.
         probs_dtype: A's dtype, q's (the default) or float32 (float64 for float64 q).
         backend: "auto" takes Triton for CUDA tensors and torch otherwise.
 
@@ -46,7 +50,7 @@ def attention_rows(
         A of the chosen rows, [B, H, R, S]; 0 where a row may not attend. Differentiable as `attention` is.
 
     Raises:
-        ValueError: a row out of range, or a shape, device, mask or softcap that does not fit.
+        ValueError: a row out of range, or a shape, device, mask, softcap or intervention that does not fit.
         TypeError: rows that are not integers, a dtype that does not fit, or float64 with backend="triton".
         NotImplementedError: backend="triton" without the triton package.
 
@@ -62,7 +66,10 @@ def attention_rows(
     rows = _resolve_rows(rows, q)
     intervals = resolve_mask(q, k, mask, causal)
     options = {"bias": bias, "alibi_slopes": alibi_slopes, "scale": scale, "softcap": softcap, "sink": sink}
-    logits = _chosen_logits(resolve_logits(q, k, intervals, **options), rows, k, accumulator(q))
+    logits = resolve_logits(q, k, intervals, **options)
+    if do is not None:
+        return edited_rows(surgeries_of(do, q, k, intervals), q, k, logits, rows, dtype, backend)[0]
+    logits = logits.of_rows(rows, k.shape[2], accumulator(q))
     # indexing, whose gradient adds up a repeated row in order
     return attend(q[:, :, rows], k, None, *logits, dtype, backend)[4]
 
@@ -91,17 +98,3 @@ def _resolve_rows(rows: Tensor | Sequence[int], q: Tensor) -> Tensor:
         raise ValueError(f"rows must lie in {-T}…{T - 1}, got {wrong[0] if wrong else 'some of an empty q'}")
     chosen = chosen.to(q.device, torch.int64)
     return torch.where(chosen < 0, chosen + T, chosen).clamp(0, max(T - 1, 0))
-
-
-def _chosen_logits(logits: Logits, rows: Tensor, k: Tensor, dtype: torch.dtype) -> Logits:
-    """The logits of q's chosen rows, ALiBi as a dense bias: chosen rows have no common offset."""
-    bias = logits.bias
-    if bias is not None and bias.shape[2] > 1:
-        bias = bias[:, :, rows]
-    if logits.slopes is not None:
-        keys = torch.arange(k.shape[2], device=k.device)
-        distance = (rows[:, None] + logits.offset - keys).abs()
-        alibi = -logits.slopes.to(dtype)[:, :, None, None] * distance
-        bias = alibi if bias is None else bias + alibi
-    start, stop = (bound.index_select(1, rows) for bound in (logits.start, logits.stop))
-    return logits._replace(start=start, stop=stop, bias=bias, slopes=None)

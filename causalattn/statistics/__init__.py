@@ -7,8 +7,11 @@ from torch import Tensor
 
 from .._backend import Backend
 from .._checks import Logits, check_qk, check_square, resolve_logits, resolve_mask
+from ..interventions.edges import surgeries_of
+from ..interventions.plan import Plan
 from ..masks import Intervals, Mask
 from .chosen import chosen_probs
+from .intervened import measure_under
 from .pairs import pair_statistics
 from .received import received as received_pass
 from .results import Asymmetry, AttentionStats, asymmetry_of, chosen_keys, column_statistics, diagonal, share, wanted
@@ -31,6 +34,7 @@ def attention_stats(
     scale: float | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    do: Plan | None = None,
     backend: Backend = "auto",
 ) -> AttentionStats:
     """Measure the attention map A of q and k without storing it: one pass for rows, one each for columns and pairs.
@@ -52,6 +56,8 @@ def attention_stats(
         want: "all", or names of the statistics; by default those of a row and dag_score.
         columns: the j of `columns`: key positions, negative from the end, or "sink", the first real key of the row's
             own sequence or segment.
+        do: interventions, as in `attention`. The rows they touch are written out, at most 256 MiB at a time; asymmetry
+            cannot be had under them.
 
     Returns:
         AttentionStats: [B, H, T] a row or token, [B, H, S] a key, [B, H] a head, [B, H, T, len(columns)] for columns.
@@ -59,7 +65,7 @@ def attention_stats(
 
     Raises:
         ValueError: as in `attention`; an unknown want or column; net_flow or asymmetry with T ≠ S.
-        NotImplementedError: max or "all" asked for by name where a gradient would be recorded.
+        NotImplementedError: max or "all" asked for by name where a gradient would be recorded; asymmetry with a do.
 
     Source: dag_score after the causal reading of attention (q_i·k_j = tr q_i k_jᵀ).
 
@@ -81,7 +87,16 @@ def attention_stats(
         q, k, intervals, bias=bias, alibi_slopes=alibi_slopes, scale=scale, softcap=softcap, sink=sink
     )
 
-    stats = _measure(q, k, logits, intervals, chosen, want, backend)
+    def measure(logits: Logits, want: set[str]) -> dict[str, Tensor]:
+        return _measure(q, k, logits, intervals, chosen, want, backend)
+
+    if do is None:
+        stats = measure(logits, want)
+    elif "asymmetry" in want:
+        raise NotImplementedError("asymmetry needs all of A under a do: use dense.asymmetry of attention's probs")
+    else:
+        surgeries = surgeries_of(do, q, k, intervals)
+        stats = measure_under(surgeries, q, k, logits, intervals, chosen, want, backend, measure)
     return AttentionStats(**{name: value for name, value in stats.items() if name in want})
 
 

@@ -12,7 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..._checks import resolve_logits
 from ...attention import attention
+from ...attention.forward import attend
+from ...attention.intervene import Inputs, operate
+from ...interventions.context import Running, running
 from ...masks import Intervals
 from ...statistics import AttentionStats, attention_stats
 from .masks import ModelMask, dense_mask, unmasked
@@ -59,7 +63,13 @@ def attention_function(
     _refuse(module, kwargs)
     mask = _mask_of(module, query, key, attention_mask, kwargs)
     softcap, sink = kwargs.get("softcap"), kwargs.get("s_aux")
-    if softcap is None and sink is None and (mask.plain is not None or query.shape[2] == 1):
+    call = AttentionCall(query, key, value, mask.statistics, mask.last, mask.bias, scaling, softcap, sink)
+    plan = running.get()
+    if plan is not None and plan.places(plan.layer(module)):
+        if dropout > 0:
+            raise NotImplementedError(f"{type(module).__name__}: dropout must be 0 under a do, got {dropout}")
+        out = _intervened(module, call, mask.outputs, plan).transpose(1, 2).contiguous()
+    elif softcap is None and sink is None and (mask.plain is not None or query.shape[2] == 1):
         out = _sdpa(module, query, key, value, mask, scaling, dropout)
     else:
         if dropout > 0:
@@ -68,8 +78,19 @@ def attention_function(
             )
         options = {"bias": mask.bias, "scale": scaling, "softcap": softcap, "sink": sink}
         out = attention(query, key, value, mask=mask.outputs, **options).out.transpose(1, 2).contiguous()
-    call = AttentionCall(query, key, value, mask.statistics, mask.last, mask.bias, scaling, softcap, sink)
     return out, _statistics(module, call, kwargs)
+
+
+def _intervened(module: nn.Module, call: AttentionCall, outputs: Intervals, plan: Running) -> Tensor:
+    """The layer's output [B, H, T, V] under the plan in force; outputs is the model's own mask."""
+    layer = plan.layer(module)
+    options = {"bias": call.bias, "scale": call.scale, "softcap": call.softcap, "sink": call.sink}
+    logits = resolve_logits(call.q, call.k, outputs, alibi_slopes=None, **options)
+    out, lse, *_ = attend(call.q, call.k, call.v, *logits, None, "auto")
+    surgeries, matched = plan.resolve(module, layer, call.q, call.k, call.intervals)
+    out, _, moved = operate(surgeries, Inputs(call.q, call.k, call.v, logits, "auto"), out, lse)
+    plan.receipt.note(layer, plan.places(layer), matched, moved)
+    return out
 
 
 def _refuse(module: nn.Module, kwargs: dict) -> None:

@@ -1,0 +1,295 @@
+"""A plan resolved for one call: what each query row loses and gains, once for all heads that share it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..masks import Intervals
+from .address import parse_span
+from .plan import Item, Plan, check_plan
+
+
+class Frame(NamedTuple):
+    """How a sequence's tokens count: token n is key position origin + n; negatives count from rows or from keys."""
+
+    origin: int
+    rows: int
+    keys: int
+
+
+class Call(NamedTuple):
+    """The shape of one call and who may attend whom in it; start and stop are [B or 1, T].
+
+    strict: every row and column named must lie in this call, where a model's may lie in another step of it.
+    """
+
+    B: int
+    H: int
+    T: int
+    S: int
+    offset: int
+    start: Tensor
+    stop: Tensor
+    strict: bool
+
+    def of_pairs(self, bound: Tensor, pairs: Tensor, rows: Tensor) -> Tensor:
+        """start or stop of these rows for pairs of sequence and head: [P, R]."""
+        pairs, rows = pairs.to(bound.device), rows.to(bound.device)
+        sequences = pairs[:, 0] if bound.shape[0] > 1 else torch.zeros_like(pairs[:, 0])
+        return bound[sequences[:, None], rows].long()
+
+
+class Runs(NamedTuple):
+    """Query row[n] and keys low[n] ≤ j < high[n], int64."""
+
+    row: Tensor
+    low: Tensor
+    high: Tensor
+
+
+class Softs(NamedTuple):
+    """Query row[n] gets strength[n] on key[n]; with an edit of that key, what the edit adds too."""
+
+    row: Tensor
+    key: Tensor
+    strength: Tensor
+
+
+class Surgery(NamedTuple):
+    """What is done to the same rows of several heads; pairs [P, 2] are their sequences and heads.
+
+    cuts are merged and sorted by row, softs unique and sorted, on no cut key; hard holds one key a row.
+    key_edits and value_edits: the vector added to each key position's k or v. patches: rows and where they come from.
+    """
+
+    pairs: Tensor
+    cuts: Runs
+    softs: Softs
+    hard: Softs
+    key_edits: dict[int, Tensor]
+    value_edits: dict[int, Tensor]
+    patches: list[tuple[Tensor, Tensor]]
+    off: str | None
+
+
+def surgeries_of(do: Plan, q: Tensor, k: Tensor, intervals: Intervals) -> list[Surgery]:
+    """The surgeries of a plan whose rows and columns count the positions of q and k.
+
+    Raises:
+        TypeError: do is no Plan.
+        ValueError: a text in it, or as in `resolve`.
+    """
+    check_plan(do)
+    start, stop, _, offset = intervals
+    B, H, T, _ = q.shape
+    call = Call(B, H, T, k.shape[2], offset, start, stop, True)
+    return resolve(do, call, [Frame(0, offset + T, k.shape[2])] * B)[0]
+
+
+def touched_rows(surgeries: list[Surgery], device: torch.device) -> Tensor:
+    """The query rows whose probabilities some surgery changes, sorted."""
+    rows = [x for s in surgeries for x in (s.cuts.row, s.softs.row, s.hard.row)]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *rows]).unique().to(device)
+
+
+def resolve(plan: Plan, call: Call, frames: Sequence[Frame], layer: int | None = None) -> tuple[list[Surgery], list]:
+    """The surgeries of a plan, and how many edges (or heads) each item matched, as numbers or tensors on the mask's
+    device.
+
+    Raises:
+        ValueError: a sequence, head, row or column out of range; an edge the mask forbids; two hards on a row, or one
+            onto a cut key.
+    """
+    sets: dict[tuple, list[tuple[int, int]]] = {}
+    for item in plan.items:
+        _check_scope(item, call)
+    for b in range(call.B):
+        for h in range(call.H):
+            chosen = tuple(n for n, item in enumerate(plan.items) if _takes(item, b, h))
+            if chosen:
+                sets.setdefault((chosen, frames[b]), []).append((b, h))
+    surgeries, matched = [], [0] * len(plan.items)
+    for (chosen, frame), pairs in sets.items():
+        pairs = torch.tensor(pairs)
+        parts = {n: _entries(plan.items[n], call, frame) for n in chosen}
+        for n, part in parts.items():
+            matched[n] = matched[n] + _count(plan.items[n], part, pairs, call)
+        surgeries.append(_surgery({plan.items[n]: part for n, part in parts.items()}, pairs, call, frame, layer))
+    if call.strict and not call.start.is_cuda:
+        for item, count in zip(plan.items, matched, strict=True):
+            if count == 0:
+                raise ValueError(f"{item} matched no edge: the mask forbids it")
+    return surgeries, matched
+
+
+def _takes(item: Item, b: int, h: int) -> bool:
+    return (item.batch is None or b in item.batch) and (item.heads is None or h in item.heads)
+
+
+def _check_scope(item: Item, call: Call) -> None:
+    for name, count in (("heads", call.H), ("batch", call.B)):
+        chosen = getattr(item, name)
+        if chosen is not None and not all(0 <= i < count for i in chosen):
+            raise ValueError(f"{name} of {item} must be from 0 to {count - 1}, got {list(chosen)}")
+
+
+def _entries(item: Item, call: Call, frame: Frame) -> Runs:
+    """The rows an item touches and the keys it touches there, before the mask has its say."""
+    if item.edges is not None:
+        rows = _numbers("row", tuple(row for row, _ in item.edges), frame.rows, item)
+        cols = _numbers("col", tuple(col for _, col in item.edges), frame.keys, item)
+        row, low = (torch.tensor(x, dtype=torch.int64) + frame.origin for x in (rows, cols))
+        return _within(row - call.offset, low, low + 1, item, call, frame)
+    row = _positions("row", item.row, frame.rows, call.T + call.offset - frame.origin, item)
+    row = torch.arange(call.T) if row is None else row + (frame.origin - call.offset)
+    if item.do == "causal":
+        return _within(row, row + call.offset + 1, torch.full_like(row, call.S), item, call, frame)
+    key = _positions("col", item.col, frame.keys, call.S - frame.origin, item)
+    if key is None:
+        return _within(row, torch.zeros_like(row), torch.full_like(row, call.S), item, call, frame)
+    key = key.sort().values + frame.origin
+    if item.do == "cut":
+        # neighbours as one run
+        first = torch.cat([key.new_ones(1, dtype=torch.bool), key.diff() > 1]).nonzero()[:, 0]
+        low = key[first]
+        high = torch.cat([key[first[1:] - 1], key[-1:]]) + 1
+    else:
+        low, high = key, key + 1
+    row, low, high = row.repeat_interleave(len(low)), low.repeat(len(row)), high.repeat(len(row))
+    return _within(row, low, high, item, call, frame)
+
+
+def _positions(name: str, where, count: int, present: int, item: Item) -> Tensor | None:
+    """Token numbers, or None for all; an open end of a span reaches what is present."""
+    if where is None:
+        return None
+    if isinstance(where, str):
+        span = parse_span(where)
+        start, stop = (
+            end if x is None else _numbers(name, (x,), count, item, end=True)[0]
+            for x, end in ((span.start, 0), (span.stop, present))
+        )
+        if stop <= start:
+            raise ValueError(f"{name} of {item} must hold at least one token, got {where} of {count}")
+        return torch.arange(start, stop)
+    return torch.tensor(_numbers(name, where, count, item), dtype=torch.int64)
+
+
+def _numbers(name: str, numbers: tuple[int, ...], count: int, item: Item, end: bool = False) -> list[int]:
+    counted = [i + count if i < 0 else i for i in numbers]
+    if any(i < 0 for i in counted):
+        raise ValueError(f"{name} of {item} must be from {-count} to {count - 1 + end}, got {min(numbers)}")
+    return counted
+
+
+def _within(row: Tensor, low: Tensor, high: Tensor, item: Item, call: Call, frame: Frame) -> Runs:
+    if call.strict:
+        keys = call.S + (item.do == "causal")
+        sides = (("row", row, call.T, call.offset - frame.origin), ("col", low, keys, -frame.origin))
+        for name, x, count, shift in sides:
+            if len(x) and not 0 <= int(x.min()) <= int(x.max()) < count:
+                wrong = int(x.min()) if x.min() < 0 else int(x.max())
+                raise ValueError(f"{name} of {item} must be from {shift} to {count - 1 + shift}, got {wrong + shift}")
+    here = (row >= 0) & (row < call.T) & (high > 0) & (low < call.S)
+    return Runs(row[here], low[here].clamp(min=0), high[here].clamp(max=call.S))
+
+
+def _count(item: Item, entries: Runs, pairs: Tensor, call: Call) -> int | Tensor:
+    if item.do in ("head_off", "patch"):
+        return len(pairs)
+    start, stop = (call.of_pairs(bound, pairs, entries.row) for bound in (call.start, call.stop))
+    low, high = (x.to(start.device) for x in entries[1:])
+    allowed = torch.minimum(high, stop) - torch.maximum(low, start)
+    if item.edges is not None or (entries.row.numel() == 1 and item.do in ("cut", "soft", "hard")) or item.do == "hard":
+        _check_allowed(item, entries, allowed, call)
+    total = allowed.clamp_(min=0).sum()
+    return total if total.is_cuda else int(total)
+
+
+def _check_allowed(item: Item, entries: Runs, allowed: Tensor, call: Call) -> None:
+    """Edges that were named one by one must be ones that some chosen sequence has."""
+    if allowed.is_cuda or not allowed.numel():
+        return
+    forbidden = (allowed <= 0).all(0)
+    if forbidden.any():
+        n = int(forbidden.nonzero()[0])
+        edge = (int(entries.row[n]) + call.offset, int(entries.low[n]))
+        raise ValueError(f"{item}: the mask forbids row {edge[0]} to attend key {edge[1]}")
+
+
+def _surgery(parts: dict[Item, Runs], pairs: Tensor, call: Call, frame: Frame, layer: int | None) -> Surgery:
+    def of(*kinds: str) -> list[tuple[Item, Runs]]:
+        return [(item, entries) for item, entries in parts.items() if item.do in kinds]
+
+    cuts = _merged([entries for _, entries in of("cut", "causal")], call.S)
+    softs = _summed([(e, item.strength or 0.0) for item, e in of("soft", "key_edit")], call.S)
+    # what is cut has no score left to raise
+    softs = Softs(*(x[~_covered(cuts, softs, call.S)] for x in softs))
+    hard = _summed([(e, 0.0) for _, e in of("hard")], call.S)
+    if (hard.row.diff() == 0).any():
+        row = int(hard.row[1:][hard.row.diff() == 0][0]) + call.offset - frame.origin
+        raise ValueError(f"a row takes one hard do, got two on row {row}")
+    if (onto := _covered(cuts, hard, call.S)).any():
+        row, key = (int(x[onto][0]) for x in hard[:2])
+        raise ValueError(
+            f"row {row + call.offset - frame.origin} has a hard do onto key {key - frame.origin}, which is cut"
+        )
+    edits = {kind: _edits([(e, item.delta) for item, e in of(kind)]) for kind in ("key_edit", "value_edit")}
+    patches = [(e.row.unique(), _source(item, layer)) for item, e in of("patch")]
+    off = [item.value for item, _ in of("head_off")]
+    if len(set(off)) > 1:
+        raise ValueError("a head is switched off to zero or to its mean, got both")
+    return Surgery(pairs, cuts, softs, hard, edits["key_edit"], edits["value_edit"], patches, off[0] if off else None)
+
+
+def _merged(parts: list[Runs], S: int) -> Runs:
+    """Overlapping and touching runs of a row as one, sorted."""
+    if not parts:
+        return Runs(*torch.empty(3, 0, dtype=torch.int64))
+    row, low, high = (torch.cat(x) for x in zip(*parts, strict=True))
+    base = row * (S + 2)
+    order = (base + low).argsort(stable=True)
+    row, base, low = row[order], base[order], (base + low)[order]
+    reach = (base + high[order]).cummax(0).values
+    new = torch.ones_like(row, dtype=torch.bool)
+    new[1:] = low[1:] > reach[:-1]
+    first = new.nonzero()[:, 0]
+    last = torch.cat([first[1:] - 1, torch.tensor([len(row) - 1])]) if len(row) else first
+    return Runs(row[first], (low - base)[first], (reach - base)[last])
+
+
+def _summed(parts: list[tuple[Runs, float]], S: int) -> Softs:
+    """The single keys of runs, each once, with the sum of what is put on it."""
+    row = torch.cat([torch.empty(0, dtype=torch.int64), *(entries.row for entries, _ in parts)])
+    key = torch.cat([torch.empty(0, dtype=torch.int64), *(entries.low for entries, _ in parts)])
+    each = torch.cat([torch.empty(0, dtype=torch.float64), *(torch.full((len(e.row),), x).double() for e, x in parts)])
+    place, inverse = (row * (S + 2) + key).unique(return_inverse=True)
+    strength = torch.zeros(len(place), dtype=torch.float64).index_add_(0, inverse, each)
+    return Softs(place // (S + 2), place % (S + 2), strength)
+
+
+def _covered(cuts: Runs, keys: Softs, S: int) -> Tensor:
+    """Which of the keys lie in a cut run of their row."""
+    if not len(cuts.row):
+        return torch.zeros_like(keys.row, dtype=torch.bool)
+    place = keys.row * (S + 2) + keys.key
+    run = torch.searchsorted(cuts.row * (S + 2) + cuts.low, place, right=True) - 1
+    return (run >= 0) & (place < (cuts.row * (S + 2) + cuts.high)[run.clamp(min=0)])
+
+
+def _edits(parts: list[tuple[Runs, Tensor]]) -> dict[int, Tensor]:
+    edits: dict[int, Tensor] = {}
+    for entries, delta in parts:
+        for key in entries.low.unique().tolist():
+            edits[key] = edits[key] + delta if key in edits else delta
+    return edits
+
+
+def _source(item: Item, layer: int | None) -> Tensor:
+    if isinstance(item.source, Tensor):
+        return item.source
+    if layer not in item.source:
+        raise ValueError(f"{item} has no source for layer {layer}, only for {sorted(item.source)}")
+    return item.source[layer]
