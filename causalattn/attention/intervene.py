@@ -95,7 +95,7 @@ class _Heads:
         filled = lse.detach() > -torch.inf
         p = torch.where(allowed, torch.exp(s - torch.where(filled, lse, 0)[..., None]), 0)
         lost = (p * -torch.expm1(strength.clamp(max=0))).detach().sum(-1)
-        again = (lost > self.hot) | (not group.listed)
+        again = (lost > self.hot * self._held(lse)) | (not group.listed)
         if rows.is_cuda:
             again |= group.loses or bool(self.surgery.key_edits)
         # e^{−top} on both sides of the quotient, so that no strength overflows
@@ -111,6 +111,13 @@ class _Heads:
         self._account(rows, p, strength, gained, kept.clamp(0, 1), new_lse)
         self.out = self.out.index_copy(1, rows, new_out)
         self.lse = self.lse.index_copy(1, rows, new_lse)
+
+    def _held(self, lse: Tensor) -> Tensor:
+        """What share of each row its keys have, all but a learned sink's: [P, R]."""
+        sink = self.inputs.logits.sink
+        if sink is None:
+            return torch.ones_like(lse.detach())
+        return -torch.expm1((sink.detach()[self.pairs.h].to(self.dtype)[:, None] - lse.detach()).clamp(max=0))
 
     def _form_again(self, group: Group, again: Tensor, gained: Tensor, values: Tensor, closed: tuple) -> tuple:
         """out, lse and what share the other keys had, with the rows that again marks put in; gained is S + λ."""

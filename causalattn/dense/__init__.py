@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._backend import Backend, accumulator
-from .._checks import FLOATS, check_square, resolve_mask
+from .._checks import check_square, resolve_mask
 from ..masks import Intervals, Mask
 from ..nulls import SOURCE, Null, Statistic, check_statistic, null_from_stats
 from ..statistics import DEFAULT
@@ -20,9 +20,16 @@ from ..statistics.results import (
     share,
     wanted,
 )
+from .arguments import heads_of
+from .interventions import do_cut, do_hard, do_soft
 from .offsets import offset_means
 from .pairs import PAIRS, dense_pairs
 from .rows import ROWS, dense_rows
+
+__all__ = [
+    "asymmetry", "asymmetry_matrix", "attention_stats", "dag_score", "do_cut", "do_hard", "do_soft", "offset_null",
+    "permutation_null",
+]  # fmt: skip
 
 
 def attention_stats(
@@ -61,7 +68,7 @@ def attention_stats(
         >>> attention_stats(torch.eye(4)).diag
         tensor([1., 1., 1., 1.])
     """
-    heads = _heads(A)
+    heads = heads_of(A)
     want = wanted(want) - {"lse"}
     if want & {"net_flow", "asymmetry"}:
         check_square("net_flow and asymmetry", heads, heads.mT)
@@ -128,7 +135,7 @@ def asymmetry_matrix(A: Tensor) -> Tensor:
         tensor([[ 0.0000, -0.5000],
                 [ 0.5000,  0.0000]])
     """
-    heads = _heads(A)
+    heads = heads_of(A)
     check_square("asymmetry_matrix", heads, heads.mT)
     return A - A.mT
 
@@ -159,7 +166,7 @@ def permutation_null(
         tensor(0.3750)
     """
     check_statistic(statistic)
-    heads = _heads(A)
+    heads = heads_of(A)
     intervals = resolve_mask(heads, heads.mT, mask, False)
     want = ("mass", "sum_sq", SOURCE[statistic])
     stats = attention_stats(heads, want=want, columns=(column,), mask=intervals, backend=backend)
@@ -188,19 +195,8 @@ def offset_null(A: Tensor, *, mask: Mask | Intervals | None = None) -> Tensor:
         tensor([[0.7500, 0.0000],
                 [0.5000, 0.7500]])
     """
-    heads = _heads(A)
+    heads = heads_of(A)
     return offset_means(heads, resolve_mask(heads, heads.mT, mask, False)).reshape(A.shape)
-
-
-def _heads(A: Tensor) -> Tensor:
-    """A as [B, H, T, S]."""
-    if not isinstance(A, Tensor):
-        raise TypeError(f"A must be a torch.Tensor, got {type(A).__name__}")
-    if not 2 <= A.ndim <= 4:
-        raise ValueError(f"A must have shape [T, S], [H, T, S] or [B, H, T, S], got {list(A.shape)}")
-    if A.dtype not in FLOATS:
-        raise TypeError(f"A must be float16, bfloat16, float32 or float64, got {str(A.dtype).removeprefix('torch.')}")
-    return A[(None,) * (4 - A.ndim)]
 
 
 def _like(A: Tensor, value: Tensor | Asymmetry) -> Tensor | Asymmetry:

@@ -95,8 +95,7 @@ def touched_rows(surgeries: list[Surgery], device: torch.device) -> Tensor:
 
 
 def resolve(plan: Plan, call: Call, frames: Sequence[Frame], layer: int | None = None) -> tuple[list[Surgery], list]:
-    """The surgeries of a plan, and how many edges (or heads) each item matched, as numbers or tensors on the mask's
-    device.
+    """The surgeries of a plan, and how many edges (or heads) each item matched: numbers, or tensors on a GPU.
 
     Raises:
         ValueError: a sequence, head, row or column out of range; an edge the mask forbids; two hards on a row, or one
@@ -110,18 +109,19 @@ def resolve(plan: Plan, call: Call, frames: Sequence[Frame], layer: int | None =
             chosen = tuple(n for n, item in enumerate(plan.items) if _takes(item, b, h))
             if chosen:
                 sets.setdefault((chosen, frames[b]), []).append((b, h))
-    surgeries, matched = [], [0] * len(plan.items)
-    for (chosen, frame), pairs in sets.items():
-        pairs = torch.tensor(pairs)
-        parts = {n: _entries(plan.items[n], call, frame) for n in chosen}
-        for n, part in parts.items():
-            matched[n] = matched[n] + _count(plan.items[n], part, pairs, call)
-        surgeries.append(_surgery({plan.items[n]: part for n, part in parts.items()}, pairs, call, frame, layer))
+    surgeries: list[Surgery] = []
+    found: list[list[Tensor]] = [[] for _ in plan.items]
+    for (chosen, frame), some in sets.items():
+        pairs = torch.tensor(some)
+        parts = {plan.items[n]: _entries(plan.items[n], call, frame) for n in chosen}
+        for n, (item, part) in zip(chosen, parts.items(), strict=True):
+            found[n].append(_allowed(item, part, pairs, call))
+        surgeries.append(_surgery(parts, pairs, call, frame, layer))
     if call.strict and not call.start.is_cuda:
-        for item, count in zip(plan.items, matched, strict=True):
-            if count == 0:
-                raise ValueError(f"{item} matched no edge: the mask forbids it")
-    return surgeries, matched
+        for item, allowed in zip(plan.items, found, strict=True):
+            _check_allowed(item, allowed, call)
+    sums = [sum(allowed.sum() for allowed in parts) for parts in found]
+    return surgeries, [x if isinstance(x, Tensor) and x.is_cuda else int(x) for x in sums]
 
 
 def _takes(item: Item, b: int, h: int) -> bool:
@@ -145,7 +145,7 @@ def _entries(item: Item, call: Call, frame: Frame) -> Runs:
     row = _positions("row", item.row, frame.rows, call.T + call.offset - frame.origin, item)
     row = torch.arange(call.T) if row is None else row + (frame.origin - call.offset)
     if item.do == "causal":
-        return _within(row, row + call.offset + 1, torch.full_like(row, call.S), item, call, frame)
+        return Runs(row, (row + call.offset + 1).clamp(0, call.S), torch.full_like(row, call.S))
     key = _positions("col", item.col, frame.keys, call.S - frame.origin, item)
     if key is None:
         return _within(row, torch.zeros_like(row), torch.full_like(row, call.S), item, call, frame)
@@ -186,8 +186,7 @@ def _numbers(name: str, numbers: tuple[int, ...], count: int, item: Item, end: b
 
 def _within(row: Tensor, low: Tensor, high: Tensor, item: Item, call: Call, frame: Frame) -> Runs:
     if call.strict:
-        keys = call.S + (item.do == "causal")
-        sides = (("row", row, call.T, call.offset - frame.origin), ("col", low, keys, -frame.origin))
+        sides = (("row", row, call.T, call.offset - frame.origin), ("col", low, call.S, -frame.origin))
         for name, x, count, shift in sides:
             if len(x) and not 0 <= int(x.min()) <= int(x.max()) < count:
                 wrong = int(x.min()) if x.min() < 0 else int(x.max())
@@ -196,27 +195,22 @@ def _within(row: Tensor, low: Tensor, high: Tensor, item: Item, call: Call, fram
     return Runs(row[here], low[here].clamp(min=0), high[here].clamp(max=call.S))
 
 
-def _count(item: Item, entries: Runs, pairs: Tensor, call: Call) -> int | Tensor:
+def _allowed(item: Item, entries: Runs, pairs: Tensor, call: Call) -> Tensor:
+    """How many keys of each entry the mask allows each pair, [P, entries]; of what is no edge, one a pair."""
     if item.do in ("head_off", "patch"):
-        return len(pairs)
+        return torch.ones(len(pairs), 1, dtype=torch.int64)
     start, stop = (call.of_pairs(bound, pairs, entries.row) for bound in (call.start, call.stop))
     low, high = (x.to(start.device) for x in entries[1:])
-    allowed = torch.minimum(high, stop) - torch.maximum(low, start)
-    if item.edges is not None or (entries.row.numel() == 1 and item.do in ("cut", "soft", "hard")) or item.do == "hard":
-        _check_allowed(item, entries, allowed, call)
-    total = allowed.clamp_(min=0).sum()
-    return total if total.is_cuda else int(total)
+    return (torch.minimum(high, stop) - torch.maximum(low, start)).clamp_(min=0)
 
 
-def _check_allowed(item: Item, entries: Runs, allowed: Tensor, call: Call) -> None:
-    """Edges that were named one by one must be ones that some chosen sequence has."""
-    if allowed.is_cuda or not allowed.numel():
-        return
-    forbidden = (allowed <= 0).all(0)
-    if forbidden.any():
-        n = int(forbidden.nonzero()[0])
-        edge = (int(entries.row[n]) + call.offset, int(entries.low[n]))
-        raise ValueError(f"{item}: the mask forbids row {edge[0]} to attend key {edge[1]}")
+def _check_allowed(item: Item, allowed: list[Tensor], call: Call) -> None:
+    """An item must have an edge somewhere; those named one by one, and every row of a hard do, some sequence's each."""
+    each = torch.cat(allowed).amax(0)
+    if not each.any():
+        raise ValueError(f"{item} matched no edge: the mask forbids it")
+    if (item.edges is not None or item.do == "hard") and not each.all():
+        raise ValueError(f"{item}: the mask forbids {int((each == 0).sum())} of its {len(each)} edges")
 
 
 def _surgery(parts: dict[Item, Runs], pairs: Tensor, call: Call, frame: Frame, layer: int | None) -> Surgery:

@@ -1,0 +1,189 @@
+"""Plans: what they say, how they are written and read, and every way in which they can be wrong."""
+
+import json
+
+import pytest
+import torch
+from helpers import make_qkv
+
+import causalattn as ca
+from causalattn import Do, Plan
+
+TOKENS = ["[CLS]", "because", "the", "storm", "inten", "##sified", ",", "the", "Ġship", "▁sank", "."]
+
+
+def test_items_say_what_they_do():
+    plan = Do.hard("sank", "storm") + Do.soft(3, [0, 1], -2) + Do.cut(None, slice(-4, None), heads=[0, 2], layers=5)
+    assert str(plan) == "hard('sank', 'storm') + soft(3, [0, 1], -2) + cut(*, '[-4:]', heads=[0, 2], layers=5)"
+    assert str(Do.head_off([1, 2], value="mean") + Do.causal()) == "head_off(value='mean', heads=[1, 2]) + causal()"
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "col", "layers", "heads"),
+    [
+        ("L5H3: sank <- storm", "sank", "storm", (5,), (3,)),
+        ("H3: the ship <- storm", "the ship", "storm", None, (3,)),
+        ("L11: [7] <- [2:5]", "[7]", "[2:5]", (11,), None),
+        ("sank<-storm", "sank", "storm", None, None),
+        ("* <- [0]", None, "[0]", None, None),
+    ],
+)
+def test_an_arrow_names_an_edge(text, row, col, layers, heads):
+    item = Do.cut(text).items[0]
+    assert (item.row, item.col, item.layers, item.heads) == (row, col, layers, heads)
+
+
+def test_texts_become_the_tokens_they_name():
+    plan = Do.cut("the ship <- intensified") + Do.soft("sank", "the#2", 1.0) + Do.hard(-1, "[2]")
+    first, second, third = plan.locate(TOKENS).items
+    assert (first.row, first.col) == ((7, 8), (4, 5))
+    assert (second.row, second.col) == ((9,), (7,))
+    assert (third.row, third.col) == ((-1,), "[2]")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sun", r"'sun' is not among the tokens \[CLS\] because the"),
+        ("the", "'the' occurs 2 times among the tokens, at 2, 7: write 'the#2', say"),
+        ("the#3", "'the' occurs 2 times among the tokens, got 'the#3'"),
+        ("stor", "'stor' is not among"),
+    ],
+)
+def test_a_text_must_name_one_place(text, says):
+    with pytest.raises(ValueError, match=says):
+        Do.cut(text, 0).locate(TOKENS)
+
+
+def test_json_there_and_back():
+    plan = Do.hard("sank", "storm", layers=5) + Do.soft(7, slice(0, 3), 0.5, heads=[1, 2], batch=0) + Do.cut(None, -1)
+    plan += Do.cut(edges=[(3, 1), (4, 0)]) + Do.causal(layers=[0, 1]) + Do.key_edit(2, [0.5, -1.0]) + Do.head_off(3)
+    plan += Do.value_edit("[1:]", torch.tensor([1.0, 2.0])) + Do.layer_off(2, value="mean")
+    again = Plan.from_json(plan.to_json())
+    assert str(again) == str(plan) and json.loads(again.to_json()) == json.loads(plan.to_json())
+    assert torch.equal(again.items[5].delta, plan.items[5].delta.double())
+    edge = Plan.from_json('{"items": [{"do": "soft", "edge": "L5H3: sank <- storm", "strength": 3}]}')
+    assert str(edge) == "soft('sank', 'storm', 3, heads=3, layers=5)"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "a plan must be JSON, got .* at line 1"),
+        ("[]", 'an object with a list "items"'),
+        ('{"items": []}', "at least one item"),
+        ('{"version": 2, "items": [{"do": "causal"}]}', "must have version 1, got 2"),
+        ('{"items": [{"do": "patch"}]}', 'an item must have "do" among hard, soft'),
+        ('{"items": [3]}', 'an item must have "do" among hard, soft'),
+        ('{"items": [{"do": "soft", "row": 1, "col": 0}]}', "is wrong: strength must be a number"),
+        ('{"items": [{"do": "cut", "row": 1, "column": 0}]}', "is wrong: .*unexpected keyword argument 'column'"),
+        ('{"items": [{"do": "cut", "row": 1.5, "col": 0}]}', "is wrong: row must be a number or numbers, got 1.5"),
+        ('{"items": [{"do": "cut", "edge": "a", "row": 0}]}', "edge or row and col, got both"),
+        ('{"items": [{"do": "cut", "edge": "a"}]}', "edge must read like 'L5H3: sank <- storm', got 'a'"),
+    ],
+)
+def test_a_plan_file_that_is_wrong_says_so(text, says):
+    with pytest.raises(ValueError, match=says):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: Do.soft(1, 0), TypeError, "strength must be a number, got NoneType"),
+        (lambda: Do.soft(1, 0, float("inf")), ValueError, r"Do.cut is −∞ and Do.hard is ∞\), got inf"),
+        (lambda: Do.soft(1, 0, float("nan")), ValueError, "strength must be finite"),
+        (lambda: Do.soft(1, None, 1.0), ValueError, "soft needs a col, got None"),
+        (lambda: Do.cut(), ValueError, "cut needs a row or a col, got neither"),
+        (lambda: Do.cut(True, 0), TypeError, "row must be a number or numbers, got True"),
+        (lambda: Do.cut([], 0), ValueError, "row must hold at least one number"),
+        (lambda: Do.cut(1, slice(0, 4, 2)), ValueError, "col must be a span of step 1, got step 2"),
+        (lambda: Do.cut(1, "[a:b]"), ValueError, "a span must read like"),
+        (lambda: Do.cut(" ", 0), ValueError, "row must name a token, got ' '"),
+        (lambda: Do.cut("a <- b", 0), ValueError, "col must be left out beside 'a <- b', got 0"),
+        (lambda: Do.cut("a <- b <- c"), ValueError, "an edge must read like"),
+        (lambda: Do.cut("<- b"), ValueError, "an edge must read like"),
+        (lambda: Do.cut(1, edges=[(1, 0)]), ValueError, "edges stand in place of row and col, got both"),
+        (lambda: Do.cut(edges=[(1, 0, 2)]), TypeError, r"edges must hold \(row, col\) pairs"),
+        (lambda: Do.cut(edges=[]), ValueError, "edges must hold at least one"),
+        (lambda: Do.head_off(None), TypeError, "heads must be a number or numbers, got None: Do.layer_off"),
+        (lambda: Do.head_off(1, value="median"), ValueError, "value must be 'zero' or 'mean', got 'median'"),
+        (lambda: Do.key_edit(1, [[1.0]]), ValueError, r"delta must be a vector of numbers, got shape \[1, 1\]"),
+        (lambda: Do.key_edit(1, "x"), TypeError, "delta must be a vector of numbers, got str"),
+        (lambda: Do.patch([1.0]), TypeError, "source must be a tensor"),
+        (lambda: Do.patch({}), TypeError, "source must be a tensor"),
+        (lambda: (Do.patch(torch.zeros(1, 1, 1, 1)) + Do.causal()).to_json(), TypeError, "a patch cannot be written"),
+    ],
+)
+def test_an_item_that_is_wrong_says_so(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (Do.cut(9, 0), r"row of cut\(9, 0\) must be from 0 to 8, got 9"),
+        (Do.cut(-10, 0), r"row of cut\(-10, 0\) must be from -9 to 8, got -10"),
+        (Do.cut(3, 12), r"col of cut\(3, 12\) must be from 0 to 8, got 12"),
+        (Do.cut(3, 0, heads=2), r"heads of cut\(3, 0, heads=2\) must be from 0 to 1, got \[2\]"),
+        (Do.cut(3, 0, batch=-1), r"batch of .* must be from 0 to 1, got \[-1\]"),
+        (Do.cut(3, "[4:2]"), "must hold at least one token, got"),
+        (Do.cut(3, 5), r"cut\(3, 5\) matched no edge: the mask forbids it"),
+        (Do.cut(edges=[(3, 1), (3, 5)]), "the mask forbids 1 of its 2 edges"),
+        (Do.hard([2, 4], 4), "the mask forbids 1 of its 2 edges"),
+        (Do.hard(3, 1) + Do.hard(3, 2), "a row takes one hard do, got two on row 3"),
+        (Do.hard(3, slice(0, 2)), "a row takes one hard do, got two on row 3"),
+        (Do.cut(3, 1) + Do.hard(3, 1), "row 3 has a hard do onto key 1, which is cut"),
+        (Do.head_off(0) + Do.layer_off(None, value="mean"), "switched off to zero or to its mean, got both"),
+        (Do.cut("storm", 1), r"'storm' names a token, and tensors have none: use plan.locate\(tokens\) first"),
+        (Do.patch(torch.zeros(1, 1, 9, 16)), r"source of a patch must have shape \[2 or 1, 2, 9, 16\], got \[1, 1, 9"),
+        (Do.patch({3: torch.zeros(1, 2, 9, 16)}), "has no source for layer None, only for"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_so(plan, says):
+    q, k, v = make_qkv(2, 2, 1, 9, 9, 16)
+    with pytest.raises(ValueError, match=says):
+        ca.attention(q, k, v, causal=True, do=plan)
+
+
+def test_a_do_is_a_plan():
+    q, k, v = make_qkv(1, 1, 1, 9, 9, 16)
+    for call in (lambda do: ca.attention(q, k, v, do=do), lambda do: ca.attention_rows(q, k, [1], do=do)):
+        with pytest.raises(TypeError, match="do must be a causalattn Plan"):
+            call("cut")
+    with pytest.raises(NotImplementedError, match="asymmetry needs all of A under a do"):
+        ca.attention_stats(q, k, want="asymmetry", do=Do.cut(1, 0))
+
+
+def test_matrices_take_the_same_interventions():
+    A = torch.rand(2, 3, 5, 6, dtype=torch.float64).softmax(-1)
+    hard = ca.dense.do_hard(A, 4, -1)
+    assert (hard[..., 4, :] == torch.eye(6)[5]).all() and torch.equal(hard[..., :4, :], A[..., :4, :])
+    logits = A.log()
+    logits[..., 2, 1] += 3
+    torch.testing.assert_close(ca.dense.do_soft(A, 2, 1, 3.0), logits.softmax(-1))
+    logits[..., 2, 1] = -torch.inf
+    torch.testing.assert_close(ca.dense.do_cut(A, 2, 1), logits.softmax(-1))
+    assert ca.dense.do_soft(A, 2, 1, 2000.0)[0, 0, 2].tolist() == [0, 1, 0, 0, 0, 0]
+    assert not ca.dense.do_cut(torch.eye(3), 1, 1)[1].any()
+    A.requires_grad_()
+    assert torch.autograd.gradcheck(lambda A: ca.dense.do_soft(A, 2, 1, -1.0), (A,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ((5, 0), ValueError, "row must be from -4 to 3, got 5"),
+        ((0, -7), ValueError, "col must be from -4 to 3, got -7"),
+        ((1.0, 0), TypeError, "row must be an integer, got float"),
+    ],
+)
+def test_matrices_refuse_what_is_out_of_range(arguments, error, says):
+    for do in (ca.dense.do_hard, ca.dense.do_cut, lambda A, i, j: ca.dense.do_soft(A, i, j, 1.0)):
+        with pytest.raises(error, match=says):
+            do(torch.eye(4), *arguments)
+    with pytest.raises(ValueError, match="strength must be finite"):
+        ca.dense.do_soft(torch.eye(4), 0, 0, float("-inf"))
+    with pytest.raises(ValueError, match="A must have shape"):
+        ca.dense.do_hard(torch.ones(4), 0, 0)
