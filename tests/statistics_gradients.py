@@ -22,8 +22,11 @@ def share(part, whole):
     return torch.where(whole == 0, 0, part / torch.where(whole == 0, 1, whole))
 
 
-def formula(q, k, intervals, *, sink=None, **logits):
-    """The statistics as eager torch forms them, A in q's dtype; lse 0 in rows that may attend nothing."""
+def formula(q, k, intervals, *, sink=None, tilt=None, **logits):
+    """The statistics as eager torch forms them, A in q's dtype; lse 0 in rows that may attend nothing.
+
+    tilt is added to log A: its gradient is A ∘ ∂L/∂A.
+    """
     T, S = q.shape[2], k.shape[2]
     seen = intervals.to_dense(S)
     x = plain_scores(q, k, seen, offset=intervals.offset, **logits).to(torch.promote_types(q.dtype, torch.float32))
@@ -32,6 +35,7 @@ def formula(q, k, intervals, *, sink=None, **logits):
     extended = x if sink is None else torch.cat([x, sink.to(x)[:, None, None].expand(*x.shape[:3], 1)], -1)
     lse = extended.logsumexp(-1)
     A = extended.softmax(-1)[..., :S].masked_fill(empty, 0).to(q.dtype).to(x.dtype)
+    A = A if tilt is None else A * tilt.exp()
     surprise = (lse[..., None] - x).masked_fill(~seen[:, None], 0)
     keys, p = torch.arange(S, device=A.device), torch.arange(T, device=A.device)[:, None] + intervals.offset
     picked = [intervals.first if c == "sink" else torch.full_like(intervals.first, c % S) for c in COLUMNS]
@@ -122,13 +126,20 @@ def check(backend, q, k, mask, want, seed=0, **logits):
 
 
 def absolute_terms(q, k, intervals, want, seed, logits):
-    """The largest Σ_j |dS_ij k_j| and Σ_i |dS_ij q_i| of the gradients of q and k, in float64."""
+    """The largest Σ_j |dS_ij k_j| and Σ_i |dS_ij q_i| of the gradients of q and k, in float64.
+
+    |dS| stands for what it is summed from: itself, A ∘ G and A ∘ rowsum(A ∘ G), which may cancel.
+    """
     a, b, options, _ = leaves(q, k, torch.float64, **logits)
-    probe = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.float64, device=q.device, requires_grad=True)
-    options["bias"] = probe + options.get("bias", 0)
-    stats = formula(a, b, intervals, **options)
-    (dS,) = torch.autograd.grad(loss({name: stats[name] for name in want}, seed), probe)
-    dS = dS.abs() * options.get("scale", q.shape[3] ** -0.5)
+    added, tilt = (
+        torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.float64, device=q.device, requires_grad=True) for _ in "ab"
+    )
+    options["bias"] = added + options.get("bias", 0)
+    stats = formula(a, b, intervals, tilt=tilt, **options)
+    (A,) = torch.autograd.grad(stats["lse"].sum(), added, retain_graph=True)
+    total = loss({name: stats[name] for name in want}, seed)
+    dS, AG = torch.autograd.grad(total, (added, tilt), allow_unused=True, materialize_grads=True)
+    dS = (dS.abs() + AG.abs() + A * AG.sum(-1, keepdim=True).abs()) * options.get("scale", q.shape[3] ** -0.5)
     share = q.shape[1] // k.shape[1]
     dq, dk = dS @ b.abs().repeat_interleave(share, 1), (dS.mT @ a.abs()).unflatten(1, (-1, share)).sum(2)
     return [x.detach().max().item() for x in (dq, dk)]

@@ -58,7 +58,7 @@ def check(backend, q, k, v, options, seed=0, through=(True, True, True)):
     for name, x in got.items():
         allowed, largest = roundings(backend, q, 8.0), exact[name].abs().max().item()
         if name == "decay":
-            walk = 8 * what_a_decay_cancels(q, k, v, options, seed, through)
+            walk = allowed * what_a_decay_cancels(q, k, v, options, seed, through)
             if largest <= torch.finfo(torch.float64).eps * walk:
                 # all of it cancels: there is no scale but what did
                 assert x.abs().max() <= 2 * rival[name].abs().max() + torch.finfo(torch.float32).eps * walk
