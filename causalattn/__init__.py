@@ -11,6 +11,7 @@ from .attention import (
     attention_rows,
     attention_topk,
 )
+from .edge_effects import EdgeEffects, edge_effects
 from .hopfield import (
     Certificate,
     ClassicalRetrieval,
@@ -47,6 +48,7 @@ __all__ = [
     "Certificate",
     "ClassicalRetrieval",
     "Do",
+    "EdgeEffects",
     "FixedPoint",
     "HeadScores",
     "Hopfield",
@@ -77,6 +79,7 @@ __all__ = [
     "dag_score",
     "dense",
     "do",
+    "edge_effects",
     "feature_maps",
     "full",
     "hopfield_certificate",

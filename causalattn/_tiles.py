@@ -40,6 +40,7 @@ class Head:
         self.bias = None if logits.bias is None else logits.bias.expand(*q.shape[:3], self.S)[b, h]
         self.slope = None if logits.slopes is None else logits.slopes.expand(*q.shape[:2])[b, h].to(self.dtype)
         self.keys = torch.arange(self.k.shape[0], device=q.device)
+        self.ceiling: Tensor | None = None
         self._x, self._mirror = self.q.new_empty(2, BLOCK, BLOCK)
         self._bounds = None if q.is_cuda else _bounds(self.start, self.stop, self.T)
 
@@ -90,7 +91,16 @@ class Head:
             self._shape(x.T if transposed else x, m, n)
         if seen is not None:
             x.masked_fill_(~(seen.T if transposed else seen), FORBIDDEN)
+        if self.ceiling is not None:
+            x.masked_fill_(self.above(x, m), FORBIDDEN)
         return x
+
+    def leave_out(self, ceiling: Tensor) -> None:
+        """Forbid what lies above ceiling [T], which is in base 2: of some rows one score, ∞ for the others."""
+        self.ceiling = padded(ceiling[:, None] / self.unit, BLOCK)
+
+    def above(self, x: Tensor, m: int) -> Tensor:
+        return x > self.ceiling[m : m + BLOCK]
 
     def exponents(self, x: Tensor, pivot: Tensor) -> Tensor:
         """unit · x − pivot, in place; pivot broadcasts, in base 2."""

@@ -25,13 +25,16 @@ def attend(
     probs_dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out (empty without v), lse, the row maxima pivot (of the score, base 2) and largest (of A), probs (or empty)."""
+    """out (empty without v), lse, the row maxima pivot (of the score, base 2) and largest (of A), probs (or empty).
+
+    out has v's dtype, which may be wider than q's.
+    """
     logits = Logits(start, stop, offset, bias, slopes, scale, softcap, sink)
     if use_triton(backend, q):
         from ..kernels.attention.forward import attention_fwd
 
         return attention_fwd(q, k, v, *logits, probs_dtype)
-    return _attend_torch(q, k, v, logits, probs_dtype)
+    return attend_torch(q, k, v, logits, probs_dtype)
 
 
 @attend.register_fake
@@ -70,22 +73,35 @@ attend.register_autograd(_backward, setup_context=_setup_context)
 def _empty_results(q: Tensor, k: Tensor, v: Tensor | None, probs_dtype: torch.dtype | None) -> tuple[Tensor, ...]:
     B, H, T, _ = q.shape
     return (
-        q.new_empty(0 if v is None else (B, H, T, v.shape[3])),
+        q.new_empty(0) if v is None else v.new_empty(B, H, T, v.shape[3]),
         *(q.new_empty(B, H, T, dtype=accumulator(q)) for _ in range(3)),
         q.new_empty(0 if probs_dtype is None else (B, H, T, k.shape[2]), dtype=probs_dtype),
     )
 
 
-def _attend_torch(
-    q: Tensor, k: Tensor, v: Tensor | None, logits: Logits, probs_dtype: torch.dtype | None
+def attend_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    logits: Logits,
+    probs_dtype: torch.dtype | None = None,
+    ceiling: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    out, lse, pivot, largest, probs = _empty_results(q, k, v, probs_dtype)
+    """As `attend`; with ceiling [B, H, T] without the scores above it, and 0 for the blocks of rows that have none."""
+    results = _empty_results(q, k, v, probs_dtype)
+    if ceiling is not None:
+        results = tuple(x.zero_() for x in results)
+    out, lse, pivot, largest, probs = results
     for head in heads(q, k, logits):
         b, h = head.b, head.h
+        if ceiling is not None:
+            head.leave_out(ceiling[b, h])
         values = None if v is None else padded(v[b, h // (q.shape[1] // k.shape[1])].to(head.dtype), BLOCK)
         for m in head.row_blocks():
             rows = slice(m, min(m + BLOCK, head.T))
             count = rows.stop - m
+            if ceiling is not None and not q.is_cuda and ceiling[b, h, rows].isposinf().all():
+                continue
             acc, m_i, l_i = _online_softmax(head, values, m)
             lse_m, unit = head.normalizer(m_i, l_i)
             lse[b, h, rows], pivot[b, h, rows], largest[b, h, rows] = (x[:count, 0] for x in (lse_m * LN2, m_i, unit))
@@ -96,7 +112,7 @@ def _attend_torch(
                 probs[b, h, rows] = 0
                 for n in head.key_blocks(m):
                     probs[b, h, rows, n : n + BLOCK] = head.probs(m, n, m_i, unit)[:count, : head.S - n]
-    return out, lse, pivot, largest, probs
+    return results
 
 
 def _online_softmax(head: Head, values: Tensor | None, m: int) -> tuple[Tensor | None, Tensor, Tensor]:

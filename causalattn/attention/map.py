@@ -143,7 +143,7 @@ def pool(
     else:
         logits = Logits(start, stop, offset, bias, slopes, scale, softcap, sink)
         total, peak = _pool_torch(q, k, logits, pivot, largest, cells)
-    sizes = (_edges(count, cells, q.device).diff() for count in (q.shape[2], k.shape[2]))
+    sizes = (cell_edges(count, cells, q.device).diff() for count in (q.shape[2], k.shape[2]))
     rows, keys = (size.double() for size in sizes)
     return total.div_(rows[:, None] * keys).to(peak.dtype), peak
 
@@ -164,7 +164,7 @@ def _backward(ctx, grad, _peak):
     q, k = ctx.saved_tensors[:2]
     T, S = q.shape[2], k.shape[2]
     R, C = grad.shape[2:]
-    rows, keys = (_edges(count, ctx.cells, q.device).diff() for count in (T, S))
+    rows, keys = (cell_edges(count, ctx.cells, q.device).diff() for count in (T, S))
     row_cells, key_cells = (
         ((torch.arange(count, device=q.device) + 1) * n - 1) // max(count, 1) for count, n in ((T, R), (S, C))
     )
@@ -175,7 +175,7 @@ def _backward(ctx, grad, _peak):
 pool.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _edges(count: int, cells: int, device: torch.device) -> Tensor:
+def cell_edges(count: int, cells: int, device: torch.device) -> Tensor:
     """⌊c·count/cells⌋ for c up to the number of cells, which is at most count."""
     cells = min(cells, count)
     return torch.arange(cells + 1, device=device) * count // max(cells, 1)
@@ -188,7 +188,7 @@ def _pool_torch(
     S = k.shape[2]
     total = q.new_zeros(B, H, min(cells, T), min(cells, S), dtype=torch.float64)
     peak = torch.zeros_like(total, dtype=accumulator(q))
-    row_cells, key_cells = (_tile_cells(count, cells, q.device) for count in (T, S))
+    row_cells, key_cells = (tile_cells(count, cells, q.device) for count in (T, S))
     for head in heads(q, k, logits):
         factors = row_factors(head, pivot, largest)
         for m in head.row_blocks():
@@ -206,7 +206,7 @@ def _pool_torch(
     return total, peak
 
 
-def _tile_cells(count: int, cells: int, device: torch.device) -> list[tuple[slice, Tensor, Tensor]]:
+def tile_cells(count: int, cells: int, device: torch.device) -> list[tuple[slice, Tensor, Tensor]]:
     """Of each tile of count tokens: the cells it meets, their tokens within it [cells, width] and weights of 1.
 
     A cell of fewer tokens repeats its last one with weight 0.

@@ -4,7 +4,8 @@
 
 Shapes: q [B, H, T, D], k [B, H_kv, S, D], v [B, H_kv, S, V] or None, start and stop [B or 1, T] int32, bias
 [B or 1, H or 1, T or 1, S or 1], slopes [B or 1, H], sink [H]; out [B, H, T, V], lse [B, H, T] float32, and for later
-passes pivot = max_j S_ij / log 2 and largest = max_j A_ij, [B, H, T] float32; probs [B, H, T, S].
+passes pivot = max_j S_ij / log 2 and largest = max_j A_ij, [B, H, T] float32; probs [B, H, T, S]. out has v's dtype,
+which may be float32 beside 16-bit q. With ceiling [B, H, T] what lies above it, in base 2, is left out of a row.
 Precision: float32 scores in base 2 and accumulator, probabilities in v's dtype where they meet v; the sum of a row
 float32 in a tile and float64 across tiles. A row without a key gives 0 and −∞.
 Cost: 2·(D + V) flops and one exp2 a score. With probabilities the scores are formed twice and A is written once:
@@ -87,7 +88,7 @@ def _write_probs(
 
 @triton.jit(do_not_specialize=["T", "S", "offset", "scale", "softcap"])
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, bias_ptr, slopes_ptr, sink_ptr,
+    q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, bias_ptr, slopes_ptr, sink_ptr, ceiling_ptr,
     out_ptr, lse_ptr, pivot_ptr, largest_ptr, probs_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
@@ -120,11 +121,15 @@ def _attention_fwd_kernel(
     m_i = tl.full([BLOCK_M], FLOOR, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float64)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    if ceiling_ptr is not None:
+        ceiling = tl.load(ceiling_ptr + rows, mask=mask_m, other=0.0)
     for part in tl.static_range(PARTS):
         for n in range(edges[part], edges[part + 1], BLOCK_N):
             x = row_scores(
                 q, k_ptr, offs_m, n, start, stop, T, S, offset, stride_ks, stride_kd, bias_ptr, stride_bt, stride_bs,
                 alibi, scale, softcap, D, BLOCK_N, BLOCK_D, part != 1)  # [BLOCK_M, BLOCK_N]
+            if ceiling_ptr is not None:
+                x = tl.where(x > ceiling[:, None], FORBIDDEN, x)
             m_new = tl.maximum(m_i, tl.max(x, 1))
             alpha = tl.exp2(m_i - m_new)
             p = tl.exp2(x - m_new[:, None])
@@ -170,22 +175,24 @@ def attention_fwd(
     softcap: float,
     sink: torch.Tensor | None,
     probs_dtype: torch.dtype | None,
+    ceiling: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """out, lse, pivot, largest and probs; out is empty without v, probs without a dtype."""
     B, H, T, D = q.shape
     S, V = k.shape[2], D if v is None else v.shape[3]
-    out = torch.empty(0 if v is None else (B, H, T, V), dtype=q.dtype, device=q.device)
+    wide = q if v is None else v
+    out = torch.empty(0 if v is None else (B, H, T, V), dtype=wide.dtype, device=q.device)
     lse, pivot, largest = (torch.empty(B, H, T, dtype=torch.float32, device=q.device) for _ in range(3))
     probs = torch.empty(0 if probs_dtype is None else (B, H, T, S), dtype=probs_dtype, device=q.device)
     if lse.numel() == 0:
         return out, lse, pivot, largest, probs
     shaped = bias is not None or slopes is not None or softcap > 0
-    tiles = launch(max(D, V), q.element_size(), architecture(q), shaped, probs_dtype is not None)
+    tiles = launch(max(D, V), wide.element_size(), architecture(q), shaped, probs_dtype is not None)
     _attention_fwd_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
-        q, k, v, start, stop, bias, slopes, sink, out, lse, pivot, largest, probs if probs_dtype else None,
+        q, k, v, start, stop, bias, slopes, sink, ceiling, out, lse, pivot, largest, probs if probs_dtype else None,
         *score_strides(q, k, start, bias, slopes), *((0, 0, 0, 0) if v is None else v.stride()), S,
         H, H // k.shape[1], T, S, offset, scale, softcap or None,
         D=D, V=V, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_V=max(16, triton.next_power_of_2(V)),
-        PARTS=parts(q), **tiles._asdict(), enable_fp_fusion=True,
+        PARTS=parts(wide), **tiles._asdict(), enable_fp_fusion=True,
     )
     return out, lse, pivot, largest, probs
