@@ -12,6 +12,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # finite stand-ins for −inf: a running maximum starts above every forbidden score, so no difference is ever NaN
 FLOOR = tl.constexpr(-1e30)
 FORBIDDEN = tl.constexpr(-2e30)
+FAR = tl.constexpr(2147483647)
 # the interpreter multiplies bfloat16 tiles as if their bits were integers, so there they are widened first
 WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # float32 entries of dS, 256 MiB, that a gradient of bias is summed from
@@ -307,3 +308,59 @@ def normalizer(m_i, l_i, sink):
         gap = pivot - m_i + tl.log2(total)
         unit = tl.exp2(m_i - pivot) / total
     return tl.where(l_i == 0, float("-inf"), gap), tl.where(l_i == 0, 0.0, unit)
+
+
+@triton.jit
+def empty_slots(n_best, BLOCK_M: tl.constexpr, SLOTS: tl.constexpr):
+    """Of n_best values a row, FLOOR in each slot, and their indices: both [BLOCK_M, SLOTS]."""
+    slots = tl.arange(0, SLOTS)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
+    # a slot past n_best is never the worst; those yet free are told apart by their index
+    return tl.where(slots < n_best, FLOOR, float("inf")), -1 - slots
+
+
+@triton.jit
+def hold(best, index, x, keys, top):
+    """Take in every value of a tile above the worst one held; x [BLOCK_M, BLOCK_N] has the row maxima top.
+
+    best and index are [BLOCK_M, SLOTS], in no order; keys broadcasts to x. Keys ascend from tile to tile, so an equal
+    value never enters.
+    """
+    worst = tl.min(best, 1)
+    while tl.max((top > worst).to(tl.int32), 0) > 0:
+        key = tl.min(tl.where(x == top[:, None], keys, FAR), 1)
+        out = best == worst[:, None]
+        out &= index == tl.max(tl.where(out, index, -FAR), 1)[:, None]
+        out &= (top > worst)[:, None]
+        best = tl.where(out, top[:, None], best)
+        index = tl.where(out, key[:, None], index)
+        x = tl.where(keys == key[:, None], FORBIDDEN, x)
+        top = tl.max(x, 1)
+        worst = tl.min(best, 1)
+    return best, index
+
+
+@triton.jit
+def take_best(best, index, n_best):
+    """What is held without its largest value, that value, FLOOR if none is left, and its index, equal ones by index."""
+    best = tl.where(tl.arange(0, best.shape[1])[None, :] < n_best, best, float("-inf"))
+    top = tl.max(best, 1)
+    key = tl.min(tl.where(best == top[:, None], index, FAR), 1)
+    return tl.where((best == top[:, None]) & (index == key[:, None]), float("-inf"), best), top, key
+
+
+@triton.jit
+def cell_members(edges_ptr, first, step, count, cells, BLOCK: tl.constexpr, SIDE: tl.constexpr):
+    """Tokens step … step + SIDE of BLOCK // SIDE cells of count tokens, count itself where there is none."""
+    cell = first + tl.arange(0, BLOCK) // SIDE
+    token = tl.load(edges_ptr + cell, mask=cell < cells, other=0) + step + tl.arange(0, BLOCK) % SIDE
+    return tl.where(token < tl.load(edges_ptr + cell + 1, mask=cell < cells, other=0), token, count)
+
+
+@triton.jit
+def reached_cells(start, stop, exists, S, C, CELLS_N: tl.constexpr):
+    """First and last of the C cells of S keys that some row may attend, the first a multiple of CELLS_N."""
+    low, high, _, _ = interval_bounds(start, stop, exists)
+    # cell c holds key j where c·S < (j + 1)·C ≤ (c + 1)·S, rounded
+    left = ((tl.minimum(low, high).to(tl.int64) + 1) * C - 1) // S // CELLS_N * CELLS_N
+    right = tl.where(high > 0, (high.to(tl.int64) * C - 1) // S + 1, 0)
+    return left.to(tl.int32), right.to(tl.int32)

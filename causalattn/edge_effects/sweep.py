@@ -60,7 +60,8 @@ def sweep(
     if use_triton(backend, q):
         from ..kernels.edge_effects import edge_effects_fwd
 
-        results = edge_effects_fwd(q, k, v, *logits[:-1], *rows, edit_of(strength), want.split(), n, cells)
+        edit = None if strength == math.inf else edit_of(strength)
+        results = edge_effects_fwd(q, k, v, *logits[:-1], *rows, edit, want.split(), n, cells)
     else:
         results = _sweep_torch(q, k, v, logits, rows, strength, want.split(), n, cells)
     if "map" in want:

@@ -17,12 +17,13 @@ import triton.language as tl
 from .._primitives import (
     Launch,
     architecture,
+    cell_members,
     dot,
     head_bias,
-    interval_bounds,
     load_intervals,
     load_rows,
     masked_scores,
+    reached_cells,
     score_strides,
     slope,
 )
@@ -39,14 +40,6 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
     if arch in (90, 100):
         return Launch(64, 32, 4, 1 if arch == 100 else 2)
     return Launch(32 if D <= 64 else 64, 32, 4, 2)
-
-
-@triton.jit
-def _members(edges_ptr, first, step, count, cells, BLOCK: tl.constexpr, SIDE: tl.constexpr):
-    """Tokens step … step + SIDE of BLOCK // SIDE cells of count tokens, count itself where there is none."""
-    cell = first + tl.arange(0, BLOCK) // SIDE
-    token = tl.load(edges_ptr + cell, mask=cell < cells, other=0) + step + tl.arange(0, BLOCK) % SIDE
-    return tl.where(token < tl.load(edges_ptr + cell + 1, mask=cell < cells, other=0), token, count)
 
 
 @triton.jit
@@ -88,23 +81,19 @@ def _attention_map_kernel(
     place = (pid_bh * R + r) * C + tl.arange(0, CELLS_N)[None, :]  # [CELLS_M, CELLS_N]
 
     for step_m in range(0, tl.cdiv(T, R), HEIGHT):
-        offs_m = _members(rows_ptr, first, step_m, T, R, BLOCK_M, HEIGHT)
+        offs_m = cell_members(rows_ptr, first, step_m, T, R, BLOCK_M, HEIGHT)
         mask_m = offs_m < T
         start, stop = load_intervals(start_ptr + pid_b * stride_ib, stop_ptr + pid_b * stride_ib, offs_m, T)
-        bounds = interval_bounds(start, stop, mask_m)
-        low, high = bounds[0], bounds[1]
-        # cell c holds key j where c·S < (j + 1)·C ≤ (c + 1)·S, rounded
-        left = ((tl.minimum(low, high).to(tl.int64) + 1) * C - 1) // S // CELLS_N * CELLS_N
-        right = tl.where(high > 0, (high.to(tl.int64) * C - 1) // S + 1, 0)
+        left, right = reached_cells(start, stop, mask_m, S, C, CELLS_N)
         q = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
         pivot = tl.load(pivot_ptr + pid_bh * T + offs_m, mask=mask_m, other=0.0)
         largest = tl.load(largest_ptr + pid_bh * T + offs_m, mask=mask_m, other=0.0)
-        for c in range(left.to(tl.int32), right.to(tl.int32), CELLS_N):
+        for c in range(left, right, CELLS_N):
             mask = (r < R) & (c + tl.arange(0, CELLS_N)[None, :] < C)
             total = tl.load(sum_ptr + place + c, mask=mask, other=0.0)
             peak = tl.load(max_ptr + place + c, mask=mask, other=0.0)
             for step_n in range(0, tl.cdiv(S, C), WIDTH):
-                offs_n = _members(keys_ptr, c, step_n, S, C, BLOCK_N, WIDTH)
+                offs_n = cell_members(keys_ptr, c, step_n, S, C, BLOCK_N, WIDTH)
                 k = load_rows(k_ptr, offs_n, S, stride_ks, stride_kd, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
                 x = masked_scores(
                     dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,

@@ -22,7 +22,9 @@ from .._primitives import (
     Launch,
     architecture,
     dot,
+    empty_slots,
     head_bias,
+    hold,
     interval_bounds,
     key_tiles,
     load_intervals,
@@ -32,10 +34,10 @@ from .._primitives import (
     row_scores,
     score_strides,
     slope,
+    take_best,
 )
 
 SLOTS = 64
-FAR = tl.constexpr(2147483647)
 
 
 def launch(D: int, itemsize: int, arch: int) -> Launch:
@@ -45,26 +47,6 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
     if D > 128 or arch == 0:
         return Launch(32, 64, 4, 1)
     return Launch(64, 64, 4, 2) if arch in (90, 100) else Launch(32, 64, 4, 2)
-
-
-@triton.jit
-def _hold(best, index, x, offs_n, top):
-    """Take in every score of a tile above the worst one held; x [BLOCK_M, BLOCK_N] has the row maxima top.
-
-    best and index are [BLOCK_M, SLOTS], in no order. Keys come in ascending order, so an equal one never enters.
-    """
-    worst = tl.min(best, 1)
-    while tl.max((top > worst).to(tl.int32), 0) > 0:
-        key = tl.min(tl.where(x == top[:, None], offs_n[None, :], FAR), 1)
-        out = best == worst[:, None]
-        out &= index == tl.max(tl.where(out, index, -FAR), 1)[:, None]
-        out &= (top > worst)[:, None]
-        best = tl.where(out, top[:, None], best)
-        index = tl.where(out, key[:, None], index)
-        x = tl.where(offs_n[None, :] == key[:, None], FORBIDDEN, x)
-        top = tl.max(x, 1)
-        worst = tl.min(best, 1)
-    return best, index
 
 
 @triton.jit(do_not_specialize=["T", "S", "offset", "scale", "softcap", "n_best"])
@@ -94,10 +76,7 @@ def _attention_topk_kernel(
     bias_ptr = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
     alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
 
-    slots = tl.arange(0, SLOTS)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)  # [BLOCK_M, SLOTS]
-    # a slot past n is never the worst; those yet free are told apart by their index
-    best = tl.where(slots < n_best, FLOOR, float("inf"))
-    index = -1 - slots
+    best, index = empty_slots(n_best, BLOCK_M, SLOTS)
     m_i = tl.full([BLOCK_M], FLOOR, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float64)
     # one loop: beside the look for a better score a mask is nothing
@@ -110,21 +89,18 @@ def _attention_topk_kernel(
         m_new = tl.maximum(m_i, top)
         l_i = l_i * tl.exp2(m_i - m_new).to(tl.float64) + tl.sum(tl.exp2(x - m_new[:, None]), 1)
         m_i = m_new
-        best, index = _hold(best, index, x, offs_n, top)
+        best, index = hold(best, index, x, offs_n[None, :], top)
 
     sink = None
     if sink_ptr is not None:
         sink = tl.load(sink_ptr + pid_h).to(tl.float32) * LOG2E
     _, unit = normalizer(m_i, l_i.to(tl.float32), sink)
-    best = tl.where(slots < n_best, best, float("-inf"))
     place = (pid_bh * T + offs_m) * n_best
     for _ in range(n_best):
-        top = tl.max(best, 1)
-        key = tl.min(tl.where(best == top[:, None], index, FAR), 1)
+        best, top, key = take_best(best, index, n_best)
         # 0 · NaN: a row that holds a NaN says so
         tl.store(values_ptr + place, tl.where(top > FLOOR, tl.exp2(top - m_i), 0.0) * unit, mask=mask_m)
         tl.store(indices_ptr + place, tl.where(top > FLOOR, key, -1), mask=mask_m)
-        best = tl.where((best == top[:, None]) & (index == key[:, None]), float("-inf"), best)
         place += 1
 
 
