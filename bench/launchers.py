@@ -69,6 +69,25 @@ def _upstream(case: Case) -> dict:
     return {"up": Upstream(**given), "bias_gradient": False}
 
 
+def _attended(case: Case) -> dict:
+    rest = "rest" in case.options
+    given = {"v": _empty(BATCH, HEADS, LENGTH, case.D), "ceiling": _empty(BATCH, HEADS, LENGTH)} if rest else {}
+    return given | {"probs_dtype": case.dtype if "probs" in case.options else None}
+
+
+def _edges(case: Case) -> dict:
+    from causalattn.edge_effects.edit import edit_of
+
+    row, norm = _empty(BATCH, HEADS, LENGTH), case.options.isdisjoint({"kl", "readout"})
+    left = _empty(BATCH, HEADS, LENGTH, case.D, dtype=torch.float32 if norm else case.dtype)
+    return {
+        **({"v": None} if "kl" in case.options else {}),
+        "ceiling": row, "dominant": row, "level": row if "readout" in case.options else None,
+        "left": None if "kl" in case.options else left, "edit": edit_of(30.0 if "kl" in case.options else 1.0),
+        "want": ["row", "column", "topk", "map"], "n": 16, "cells": 512,
+    }  # fmt: skip
+
+
 def _scanned(case: Case) -> dict:
     N, E, half = case.D, 2048, case.dtype
     tokens, narrow = _empty(BATCH, LENGTH, E, dtype=half), _empty(BATCH, LENGTH, N, dtype=half)
@@ -102,8 +121,8 @@ _DENSE_PAIRS = ["mass", "below", "sum_sq", "difference_sq", "l1", "max", "net_fl
 KERNELS = {
     "attention_fwd": Kernel(
         "attention.forward", (32, 64, 80, 128, 256),
-        extras=("bias softcap sink", "probs", "bias softcap sink slopes probs"),
-        arguments=lambda case: {"probs_dtype": case.dtype if "probs" in case.options else None},
+        extras=("bias softcap sink", "probs", "rest", "bias softcap slopes rest", "bias softcap sink slopes probs"),
+        arguments=_attended,
     ),
     "row_statistics_fwd": Kernel(
         "statistics.rows", (32, 64, 128, 256), plain="all", extras=("", "all bias softcap sink slopes"),
@@ -122,6 +141,9 @@ KERNELS = {
     ),
     "attention_map_fwd": Kernel(
         "attention.map", (64, 128), extras=("bias softcap slopes",), arguments=lambda case: {"cells": 512}
+    ),
+    "edge_effects_fwd": Kernel(
+        "edge_effects", (64, 128), extras=("readout", "kl", "bias softcap slopes"), arguments=_edges
     ),
     "scores_fwd": Kernel(
         "attention.topk", (64, 128), arguments=lambda case: {"heads": range(2), "rows": range(1024)}
@@ -205,4 +227,5 @@ def arguments(case: Case) -> dict[str, object]:
         "bias": bias if "bias" in given else None,
         "slopes": _empty(1, HEADS) if "slopes" in given else None,
         "sink": _empty(HEADS) if "sink" in given else None,
+        "ceiling": None,
     }

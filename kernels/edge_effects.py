@@ -54,6 +54,16 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
 
 
 @triton.jit
+def _load(ptr, offs, count, stride_row, stride_d, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Rows offs of a matrix, None where there is none."""
+    if ptr is None:
+        rows = None
+    else:
+        rows = load_rows(ptr, offs, count, stride_row, stride_d, V, BLOCK_V)
+    return rows
+
+
+@triton.jit
 def _load_row_terms(rows_ptr, stride_rn, offs, T, along: tl.constexpr):
     """pivot, largest, ceiling, dominant and level of rows offs, along the axis of a tile."""
     stride_rn = tl.cast(stride_rn, tl.int64)
@@ -66,6 +76,36 @@ def _load_row_terms(rows_ptr, stride_rn, offs, T, along: tl.constexpr):
         tl.expand_dims(pivot, 1 - along), tl.expand_dims(largest, 1 - along), tl.expand_dims(ceiling, 1 - along),
         tl.expand_dims(dominant, 1 - along), tl.expand_dims(level, 1 - along),
     )
+
+
+@triton.jit
+def _dot(left, v, KEYS_FIRST: tl.constexpr):
+    """left·v in float32, exact products, keys first or rows."""
+    return dot(v, tl.trans(left)) if KEYS_FIRST else dot(left, tl.trans(v))
+
+
+@triton.jit
+def _products(left, v, KEYS_FIRST: tl.constexpr):
+    """`_dot` of float32 beside 16 bits too, as three products of 16 bits: tensor cores take no other exact ones."""
+    if left.dtype == v.dtype:
+        products = _dot(left, v, KEYS_FIRST)
+    else:
+        # what a part leaves is smaller by its bits, and would underflow in float16
+        step: tl.constexpr = 256.0 if v.dtype == tl.bfloat16 else 2048.0
+        high = left.to(v.dtype)
+        remainder = (left - high.to(tl.float32)) * step
+        middle = remainder.to(v.dtype)
+        low = ((remainder - middle.to(tl.float32)) * step).to(v.dtype)
+        products = _dot(low, v, KEYS_FIRST) * (1 / step) + _dot(middle, v, KEYS_FIRST)
+        products = products * (1 / step) + _dot(high, v, KEYS_FIRST)
+    return products
+
+
+@triton.jit
+def _squares(x, FIRST: tl.constexpr):
+    """Σ x² of the rows of x, as a row of a tile or a column."""
+    x = x.to(tl.float32)
+    return tl.expand_dims(tl.sum(x * x, 1), 0 if FIRST else 1)
 
 
 @triton.jit
@@ -122,16 +162,13 @@ def _effects(
         else:
             effect = _divergence(y, t + tl.log2(largest), gain, lift, tilt, rest)
     else:
-        v = v.to(left.dtype)
-        products = dot(v, tl.trans(left)) if KEYS_FIRST else dot(left, tl.trans(v))
+        products = _products(left, v, KEYS_FIRST)
         if SIGNED:
             effect = products - level
         else:
-            axis: tl.constexpr = 0 if KEYS_FIRST else 1
-            left_sq, v_sq = tl.expand_dims(tl.sum(left * left, 1), axis), tl.expand_dims(tl.sum(v * v, 1), 1 - axis)
             effect = _distances(
-                products, left_sq, v_sq, x > FLOOR, left_ptr, v_ptr, offs_row, offs_key, T, S,
-                stride_ot, stride_od, stride_vs, stride_vd, V)
+                products, _squares(left, KEYS_FIRST), _squares(v, not KEYS_FIRST), x > FLOOR, left_ptr, v_ptr,
+                offs_row, offs_key, T, S, stride_ot, stride_od, stride_vs, stride_vd, V)
         if gain is not None:
             w = gain * y
             share = w / (1 + w)
@@ -171,11 +208,9 @@ def _edge_rows_kernel(
     bias_ptr = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
     alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
     terms = _load_row_terms(terms_ptr + pid_bh * T, stride_rn, offs_m, T, 0)
-    left, v = None, None
-    if v_ptr is not None:
-        v_ptr += pid_b * stride_vb + pid_h // GROUP * stride_vh
-        left_ptr += pid_b * stride_ob + pid_h * stride_oh
-        left = load_rows(left_ptr, offs_m, T, stride_ot, stride_od, V, BLOCK_V)
+    v_ptr = head_bias(v_ptr, pid_b, pid_h // GROUP, stride_vb, stride_vh)
+    left_ptr = head_bias(left_ptr, pid_b, pid_h, stride_ob, stride_oh)
+    left = _load(left_ptr, offs_m, T, stride_ot, stride_od, V, BLOCK_V)
 
     total = tl.zeros([BLOCK_M], tl.float64)
     best, index = empty_slots(n_best, BLOCK_M, SLOTS)
@@ -185,8 +220,7 @@ def _edge_rows_kernel(
         x = masked_scores(
             dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
             bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, True)  # [BLOCK_M, BLOCK_N]
-        if v_ptr is not None:
-            v = load_rows(v_ptr, offs_n, S, stride_vs, stride_vd, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
+        v = _load(v_ptr, offs_n, S, stride_vs, stride_vd, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
         effect = _effects(
             x, left, v, terms, left_ptr, v_ptr, offs_m[:, None], offs_n[None, :], T, S,
             stride_ot, stride_od, stride_vs, stride_vd, gain, shift, lift, tilt, rest, V, SIGNED, False)
@@ -212,7 +246,8 @@ def _edge_rows_kernel(
 
 @triton.jit(do_not_specialize=["T", "S", "offset", "scale", "softcap", "gain", "shift", "lift", "tilt", "rest"])
 def _edge_columns_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, bounds_ptr, bias_ptr, slopes_ptr, terms_ptr, left_ptr, column_ptr,
+    q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, bounds_ptr, bias_ptr, slopes_ptr, terms_ptr, left_ptr,
+    column_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_ib,
@@ -239,11 +274,9 @@ def _edge_columns_kernel(
     stop_ptr += pid_b * stride_ib
     bias_ptr = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
     alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
-    left, v = None, None
-    if v_ptr is not None:
-        v_ptr += pid_b * stride_vb + pid_h // GROUP * stride_vh
-        left_ptr += pid_b * stride_ob + pid_h * stride_oh
-        v = load_rows(v_ptr, offs_n, S, stride_vs, stride_vd, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
+    v_ptr = head_bias(v_ptr, pid_b, pid_h // GROUP, stride_vb, stride_vh)
+    left_ptr = head_bias(left_ptr, pid_b, pid_h, stride_ob, stride_oh)
+    v = _load(v_ptr, offs_n, S, stride_vs, stride_vd, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
 
     column = tl.zeros([BLOCK_N], tl.float64)
     low, high = row_tiles(bounds_ptr + pid_b * stride_eb, tl.cdiv(T, BLOCK_M), first, BLOCK_M, BLOCK_N, 1)
@@ -254,8 +287,7 @@ def _edge_columns_kernel(
         x = masked_scores(
             dot(k, tl.trans(q)), offs_m[None, :], offs_n[:, None], start[None, :], stop[None, :], T, S, offset,
             bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, True)  # [BLOCK_N, BLOCK_M]
-        if v_ptr is not None:
-            left = load_rows(left_ptr, offs_m, T, stride_ot, stride_od, V, BLOCK_V)  # [BLOCK_M, BLOCK_V]
+        left = _load(left_ptr, offs_m, T, stride_ot, stride_od, V, BLOCK_V)  # [BLOCK_M, BLOCK_V]
         effect = _effects(
             x, left, v, _load_row_terms(terms_ptr, stride_rn, offs_m, T, 1), left_ptr, v_ptr,
             offs_m[None, :], offs_n[:, None], T, S, stride_ot, stride_od, stride_vs, stride_vd,
@@ -267,8 +299,8 @@ def _edge_columns_kernel(
 
 @triton.jit(do_not_specialize=["T", "S", "R", "C", "offset", "scale", "softcap", "gain", "shift", "lift", "tilt", "rest"])
 def _edge_map_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, bias_ptr, slopes_ptr, terms_ptr, left_ptr, row_edges_ptr, key_edges_ptr,
-    sum_ptr,
+    q_ptr, k_ptr, v_ptr, start_ptr, stop_ptr, bias_ptr, slopes_ptr, terms_ptr, left_ptr,
+    row_edges_ptr, key_edges_ptr, sum_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_ib,
@@ -293,10 +325,8 @@ def _edge_map_kernel(
     k_ptr += pid_b * stride_kb + pid_h // GROUP * stride_kh
     bias_ptr = head_bias(bias_ptr, pid_b, pid_h, stride_bb, stride_bh)
     alibi = slope(slopes_ptr, pid_b, pid_h, stride_lb, stride_lh)
-    left, v = None, None
-    if v_ptr is not None:
-        v_ptr += pid_b * stride_vb + pid_h // GROUP * stride_vh
-        left_ptr += pid_b * stride_ob + pid_h * stride_oh
+    v_ptr = head_bias(v_ptr, pid_b, pid_h // GROUP, stride_vb, stride_vh)
+    left_ptr = head_bias(left_ptr, pid_b, pid_h, stride_ob, stride_oh)
     r = first + tl.arange(0, CELLS_M)[:, None]
     place = (pid_bh * R + r) * C + tl.arange(0, CELLS_N)[None, :]  # [CELLS_M, CELLS_N]
 
@@ -306,8 +336,7 @@ def _edge_map_kernel(
         left_c, right_c = reached_cells(start, stop, offs_m < T, S, C, CELLS_N)
         q = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
         terms = _load_row_terms(terms_ptr + pid_bh * T, stride_rn, offs_m, T, 0)
-        if v_ptr is not None:
-            left = load_rows(left_ptr, offs_m, T, stride_ot, stride_od, V, BLOCK_V)
+        left = _load(left_ptr, offs_m, T, stride_ot, stride_od, V, BLOCK_V)
         for c in range(left_c, right_c, CELLS_N):
             mask = (r < R) & (c + tl.arange(0, CELLS_N)[None, :] < C)
             total = tl.load(sum_ptr + place + c, mask=mask, other=0.0)
@@ -317,8 +346,7 @@ def _edge_map_kernel(
                 x = masked_scores(
                     dot(q, tl.trans(k)), offs_m[:, None], offs_n[None, :], start[:, None], stop[:, None], T, S, offset,
                     bias_ptr, stride_bt, stride_bs, alibi, scale, softcap, True)  # [BLOCK_M, BLOCK_N]
-                if v_ptr is not None:
-                    v = load_rows(v_ptr, offs_n, S, stride_vs, stride_vd, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
+                v = _load(v_ptr, offs_n, S, stride_vs, stride_vd, V, BLOCK_V)  # [BLOCK_N, BLOCK_V]
                 effect = _effects(
                     x, left, v, terms, left_ptr, v_ptr, offs_m[:, None], offs_n[None, :], T, S,
                     stride_ot, stride_od, stride_vs, stride_vd, gain, shift, lift, tilt, rest, V, SIGNED, False)
@@ -371,7 +399,7 @@ def edge_effects_fwd(
         *score_strides(q, k, start, bias, slopes),
         *(x for y in (v, left) for x in ((0, 0, 0, 0) if y is None else y.stride())), terms.stride(0),
     )
-    tiles = launch(max(D, V), (q if left is None else left).element_size(), architecture(q))
+    tiles = launch(max(D, V), q.element_size(), architecture(q))
     sizes = {
         "D": D, "V": V, "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_V": max(16, triton.next_power_of_2(V)),
         "SIGNED": level is not None, **tiles._asdict(), "enable_fp_fusion": True,

@@ -119,7 +119,7 @@ def edge_effects(
     wide = None if measure == "kl" else v.to(accumulator(v))
     out, _, pivot, largest, _ = attend(q, k, wide, *logits, None, backend)
     dominant, ceiling = dominant_effects(q, k, wide, logits, out, pivot, largest, readout, strength, measure, backend)
-    level = None if readout is None else torch.linalg.vecdot(readout.to(out.dtype), out)
+    level = None if readout is None else (readout.double() * out.double()).sum(-1).to(out.dtype)
     left = {"norm": out, "kl": None, "readout": readout}[measure]
     row, column, values, indices, pooled = sweep(
         q, k, None if measure == "kl" else v, *logits, pivot, largest, ceiling, dominant, left, level,
