@@ -78,13 +78,13 @@ def _attended(case: Case) -> dict:
 def _edges(case: Case) -> dict:
     from causalattn.edge_effects.edit import edit_of
 
-    row, norm = _empty(BATCH, HEADS, LENGTH), case.options.isdisjoint({"kl", "readout"})
+    norm = case.options.isdisjoint({"kl", "readout"})
     left = _empty(BATCH, HEADS, LENGTH, case.D, dtype=torch.float32 if norm else case.dtype)
     return {
         **({"v": None} if "kl" in case.options else {}),
-        "ceiling": row, "dominant": row, "level": row if "readout" in case.options else None,
-        "left": None if "kl" in case.options else left, "edit": edit_of(30.0 if "kl" in case.options else 1.0),
-        "want": ["row", "column", "topk", "map"], "n": 16, "cells": 512,
+        "left": None if "kl" in case.options else left, "terms": _empty(5, BATCH, HEADS, LENGTH),
+        "signed": "readout" in case.options, "n": 16, "cells": 512,
+        "edit": edit_of(30.0) if "kl" in case.options else (1.0, None, 2.0, 1.0, 1.0),
     }  # fmt: skip
 
 
@@ -142,9 +142,12 @@ KERNELS = {
     "attention_map_fwd": Kernel(
         "attention.map", (64, 128), extras=("bias softcap slopes",), arguments=lambda case: {"cells": 512}
     ),
-    "edge_effects_fwd": Kernel(
-        "edge_effects", (64, 128), extras=("readout", "kl", "bias softcap slopes"), arguments=_edges
-    ),
+    **{
+        f"edge_{name}_fwd": Kernel(
+            f"edge_effects.{name}", (64, 128), extras=("readout", "kl", "bias softcap slopes"), arguments=_edges
+        )
+        for name in ("rows", "columns", "map")
+    },
     "scores_fwd": Kernel(
         "attention.topk", (64, 128), arguments=lambda case: {"heads": range(2), "rows": range(1024)}
     ),

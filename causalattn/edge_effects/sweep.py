@@ -57,13 +57,8 @@ def sweep(
     """row, column, values, indices and map, each empty unless want, names separated by spaces, has it."""
     logits = Logits(start, stop, offset, bias, slopes, scale, softcap, sink)
     rows = Rows(pivot, largest, ceiling, dominant, left, level)
-    if use_triton(backend, q):
-        from ..kernels.edge_effects import edge_effects_fwd
-
-        edit = None if strength == math.inf else edit_of(strength)
-        results = edge_effects_fwd(q, k, v, *logits[:-1], *rows, edit, want.split(), n, cells)
-    else:
-        results = _sweep_torch(q, k, v, logits, rows, strength, want.split(), n, cells)
+    run = _sweep_triton if use_triton(backend, q) else _sweep_torch
+    results = run(q, k, v, logits, rows, strength, want.split(), n, cells)
     if "map" in want:
         sizes = (cell_edges(count, cells, q.device).diff() for count in (q.shape[2], k.shape[2]))
         row_sizes, key_sizes = (size.double() for size in sizes)
@@ -93,6 +88,29 @@ def _empty_results(
         q.new_empty(largest, dtype=torch.int32),
         q.new_empty((B, H, R, C) if "map" in want else 0, dtype=map_dtype),
     )
+
+
+def _sweep_triton(
+    q: Tensor, k: Tensor, v: Tensor | None, logits: Logits, rows: Rows, strength: float, want: list[str], n: int,
+    cells: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    from ..kernels.edge_effects.columns import edge_columns_fwd
+    from ..kernels.edge_effects.map import edge_map_fwd
+    from ..kernels.edge_effects.rows import edge_rows_fwd
+
+    row, column, values, indices, total = _empty_results(q, k, want, n, cells, torch.float64)
+    signed = rows.level is not None
+    terms = torch.stack((*rows[:4], rows.level if signed else rows.pivot))
+    edit = (None,) * 5 if strength == math.inf else edit_of(strength)
+    given = (q, k, v, *logits[:-1], rows.left, terms, (edit[0], edit[1] or None, *edit[2:]), signed)
+    if "row" in want or "topk" in want:
+        sums, values, indices = edge_rows_fwd(*given, n if "topk" in want else 0)
+        row = sums if "row" in want else row
+    if "column" in want:
+        column = edge_columns_fwd(*given)
+    if "map" in want:
+        total = edge_map_fwd(*given, cells)
+    return row, column, values, indices, total
 
 
 def _sweep_torch(
