@@ -143,6 +143,8 @@ def _strength(kind: str, strength: float | None) -> float:
         return -math.inf if kind == "cut" else math.inf
     if strength is None:
         raise ValueError("strength must be a finite number with kind='soft', got None")
+    if not isinstance(strength, int | float):
+        raise TypeError(f"strength must be a number, got {type(strength).__name__}")
     if not math.isfinite(strength):
         raise ValueError(f"strength must be finite (kind='cut' is −∞, kind='hard' is ∞), got {strength}")
     return float(strength)

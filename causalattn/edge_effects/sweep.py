@@ -151,12 +151,15 @@ class _Edges:
     """Effects of one head's edges, a tile at a time in buffers that the next tile overwrites."""
 
     def __init__(self, head: Head, v: Tensor | None, rows: Rows, strength: float):
-        def columns(x: Tensor | None) -> Tensor | None:
-            return None if x is None else padded(x[head.b, head.h].to(head.dtype).reshape(head.T, -1), BLOCK)
+        def own(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            x = x[head.b, head.h].to(head.dtype)
+            return padded(x if x.ndim == 2 else x[:, None], BLOCK)
 
         self.head, self.signed = head, rows.level is not None
         self.edit: Edit | None = None if strength == math.inf else edit_of(strength)
-        self.rows = Rows(*map(columns, rows))
+        self.rows = Rows(*map(own, rows))
         self.ceiling = self.rows.ceiling / head.unit
         self.v = None if v is None else padded(v.to(head.dtype), BLOCK)
         self.size, self.work = head.q.new_empty(2, BLOCK, BLOCK)

@@ -62,10 +62,11 @@ def divergence(after: np.ndarray, before: np.ndarray) -> np.ndarray:
     return np.where(p.sum(-1) > 0, (p * change).sum(-1), np.inf)
 
 
-def reduced(effects: np.ndarray, seen: np.ndarray, n: int, cells: int) -> dict[str, np.ndarray]:
-    """row, column, values, indices and map of effects [B, H, T, S]; seen bool, broadcastable to them."""
+def reduced(effects: np.ndarray, allowed: np.ndarray, n: int, cells: int) -> dict[str, np.ndarray]:
+    """row, column, values, indices and map of effects [B, H, T, S]; allowed bool, broadcastable to them."""
     size = np.abs(effects)
-    _, indices = attention_topk(size, seen, n)
+    everywhere = np.ones((1, *effects.shape[2:]), bool)
+    _, indices = attention_topk(size, everywhere, n, np.where(allowed, size, -np.inf))
     # one more key, for what a row does not have
     padded = np.concatenate([effects, np.zeros((*effects.shape[:3], 1))], -1)
     return {
