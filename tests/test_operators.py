@@ -58,6 +58,15 @@ def linear_gradients(q, k, v, options):
     return gradients([out, *state], leaves)
 
 
+def edge_effects_of(measure, **edit):
+    def run(q, k, v, options):
+        readout = v.repeat_interleave(q.shape[1] // v.shape[1], 1) if measure == "readout" else None
+        row, column, top, _ = ca.edge_effects(q, k, v, measure=measure, readout=readout, n=5, **edit, **options)
+        return row, column, *top
+
+    return run
+
+
 ROWS = ["lse", "max", "mass", "entropy", "sum_sq", "below", "diag", "distance", "columns"]
 OPERATORS = {
     "attention": Operator(lambda q, k, v, options: ca.attention(q, k, v, **options)[:2], "row row"),
@@ -79,6 +88,12 @@ OPERATORS = {
     "dag_score": Operator(lambda q, k, v, options: (ca.dag_score(q, k, **options),), "head"),
     "linear_attention": Operator(lambda q, k, v, options: ca.linear_attention(q, k, v, **options)[:1], ""),
     "asymmetry": Operator(lambda q, k, v, options: ca.asymmetry(q, k, **options), "head head head head row"),
+    "edge_effects": Operator(edge_effects_of("norm"), "row key row row"),
+    "edge_effects, kl": Operator(edge_effects_of("kl", kind="soft", strength=2.0), "row key row row"),
+    "edge_effects, readout": Operator(edge_effects_of("readout", kind="hard"), "row key row row"),
+    "map of edge_effects": Operator(
+        lambda q, k, v, options: (ca.edge_effects(q, k, v, want="map", cells=8, **options).map,), ""
+    ),
     "gradients of rows": Operator(rows_gradients, "row key"),
     "gradients of attention": Operator(attention_gradients, "row key key"),
     "gradients of linear_attention": Operator(linear_gradients, ""),

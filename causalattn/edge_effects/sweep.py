@@ -71,7 +71,8 @@ def _(
     q, k, v, start, stop, offset, bias, slopes, scale, softcap, sink, pivot, largest, ceiling, dominant, left, level,
     strength, want, n, cells, backend,
 ):  # fmt: skip
-    return _empty_results(q, k, want.split(), n, cells, accumulator(q))
+    map_dtype = accumulator(q) if "map" in want else torch.float64
+    return _empty_results(q, k, want.split(), n, cells, map_dtype)
 
 
 def _empty_results(

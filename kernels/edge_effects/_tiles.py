@@ -12,11 +12,13 @@ Cost: 2·(D + V) flops and one exp2 an edge, and a root or two logarithms; o in 
 products.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from .._primitives import FLOOR, LN2, Launch, architecture, dot, score_strides
+from .._primitives import FLOOR, LN2, architecture, dot, score_strides
 
 HIGHEST = tl.constexpr(120.0)
 CLOSE = tl.constexpr(1 / 16)
@@ -24,13 +26,21 @@ CLOSE = tl.constexpr(1 / 16)
 EDIT = ("gain", "shift", "lift", "tilt", "rest")
 
 
-def launch(D: int, itemsize: int, arch: int) -> Launch:
-    """Tiles by the larger of D and V and by dtype; arch is `architecture`'s."""
+class Tiles(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    CHUNK: int  # dimensions of operands that registers hold at once
+    num_warps: int
+    num_stages: int
+
+
+def launch(itemsize: int, arch: int) -> Tiles:
+    """Tiles by dtype, for every head dim, which is gone through in chunks; arch is `architecture`'s."""
     if arch == 0:
-        return Launch(32, 32, 4, 1)
+        return Tiles(32, 32, 64, 4, 1)
     if itemsize == 4:
-        return Launch(16, 16, 4, 1)
-    return Launch(64, 32, 4, 1) if D <= 64 else Launch(32, 32, 4, 1)
+        return Tiles(16, 16, 16, 4, 1)
+    return Tiles(64, 32, {90: 64, 120: 16}.get(arch, 32), 8, 1)
 
 
 def shared_arguments(
@@ -49,13 +59,10 @@ def shared_arguments(
         *score_strides(q, k, start, bias, slopes), *((0, 0, 0, 0) if v is None else v.stride()),
         *((0, 0, 0, 0) if left is None else left.stride()), q.shape[:3].numel(),
     )
-    BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(x)) for x in (D, V))
-    # without tensor cores operands lie in registers
-    CHUNK = 16 if q.dtype == torch.float32 and architecture(q) != 0 else min(BLOCK_D, BLOCK_V)
-    tiles = launch(max(D, V), q.element_size(), architecture(q))
+    tiles = launch(q.element_size(), architecture(q))
     return strides, {
-        "D": D, "V": V, "BLOCK_D": BLOCK_D, "BLOCK_V": BLOCK_V, "CHUNK": CHUNK, "SIGNED": signed,
-        **tiles._asdict(), "enable_fp_fusion": True,
+        "D": D, "V": V, "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_V": max(16, triton.next_power_of_2(V)),
+        "SIGNED": signed, **tiles._asdict(), "enable_fp_fusion": True,
     }
 
 
@@ -111,9 +118,10 @@ def products_of(
     """
     products = tl.zeros([offs_a.shape[0], offs_b.shape[0]], tl.float32)
     a_sq, b_sq = tl.zeros([offs_a.shape[0]], tl.float32), tl.zeros([offs_b.shape[0]], tl.float32)
-    for first in tl.static_range(0, BLOCK_D, CHUNK):
-        a = _load_chunk(a_ptr, offs_a, A, stride_an, stride_ad, first, D, CHUNK)
-        b = _load_chunk(b_ptr, offs_b, B, stride_bn, stride_bd, first, D, CHUNK)
+    SIZE: tl.constexpr = min(CHUNK, BLOCK_D)
+    for first in range(0, BLOCK_D, SIZE):
+        a = _load_chunk(a_ptr, offs_a, A, stride_an, stride_ad, first, D, SIZE)
+        b = _load_chunk(b_ptr, offs_b, B, stride_bn, stride_bd, first, D, SIZE)
         if a.dtype == b.dtype:
             products += dot(a, tl.trans(b))
         elif a.dtype == tl.float32:

@@ -96,6 +96,8 @@ def edge_columns_fwd(
     if column.numel() == 0 or T == 0:
         return column.zero_()
     strides, sizes = shared_arguments(q, k, v, start, bias, slopes, left, signed)
+    # keys come first here
+    sizes |= {"BLOCK_M": sizes["BLOCK_N"], "BLOCK_N": sizes["BLOCK_M"]}
     bounds = block_bounds(start, stop, sizes["BLOCK_M"])
     _edge_columns_kernel[(triton.cdiv(S, sizes["BLOCK_N"]) * B * H,)](
         q, k, v, start, stop, bounds, bias, slopes, terms, left, column,
