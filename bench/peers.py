@@ -51,6 +51,13 @@ def eager_map(q: Tensor, k: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     return F.avg_pool2d(A, size), F.max_pool2d(A, size)
 
 
+def eager_edge_effects(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Σ over rows and columns of p / (1 − p)·‖v_j − o_i‖ and its 16 largest of a row."""
+    A = eager_probs(q, k, False)
+    effects = torch.cdist(A.to(v.dtype) @ v, v).mul_(A).div_(1 - A)
+    return effects.sum(-1), effects.sum(-2), *effects.topk(16)
+
+
 def eager_entropy_received(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     A = eager_probs(q, k, False)
     return torch.special.entr(A).sum(-1), A.sum(-2)

@@ -176,16 +176,16 @@ class _Edges:
         ceiling = self.ceiling[block]
         # on a GPU, where values are unknown, any row may have a dominant edge
         dominant = x > ceiling if ceiling.is_cuda or ceiling.isfinite().any() else None
-        effect = self._effects(head.exponents(x, self.rows.pivot[block]), allowed, m, n)
+        effect = self._effects(head.exponents(x, self.rows.pivot[block]), allowed, dominant, m, n)
         if dominant is not None:
-            effect = torch.where(dominant, self.rows.dominant[block], effect)
+            torch.where(dominant, self.rows.dominant[block], effect, out=effect)
         if allowed is not None:
             effect.masked_fill_(~allowed, 0)
         # rows that fill up a tile
         effect[head.T - m :] = 0
         return effect, torch.abs(effect, out=self.size) if self.signed else effect, allowed
 
-    def _effects(self, t: Tensor, allowed: Tensor | None, m: int, n: int) -> Tensor:
+    def _effects(self, t: Tensor, allowed: Tensor | None, dominant: Tensor | None, m: int, n: int) -> Tensor:
         """From t = log2 p − log2 of the row's largest p."""
         block, largest = slice(m, m + BLOCK), self.rows.largest[m : m + BLOCK]
         if self.v is None:
@@ -194,7 +194,7 @@ class _Edges:
             # readout·v − readout·o
             pull = torch.addmm(-self.rows.level[block], self.rows.left[block], self.v[n : n + BLOCK].T, out=self.work)
         else:
-            pull = self._distances(allowed, m, n)
+            pull = self._distances(allowed, dominant, m, n)
         if self.edit is None:
             return pull
         share = moved_share(scaled(t, self.edit).mul_(largest), self.edit)
@@ -208,11 +208,13 @@ class _Edges:
         # w ≤ 1 needs no logarithm of p
         return divergence(y, log2_p if self.edit.shift or self.edit.gain > 1 else None, self.edit)
 
-    def _distances(self, allowed: Tensor | None, m: int, n: int) -> Tensor:
-        """‖v_j − o_i‖ of a tile."""
+    def _distances(self, allowed: Tensor | None, dominant: Tensor | None, m: int, n: int) -> Tensor:
+        """‖v_j − o_i‖ of a tile, ∞ of its dominant edges, whose v_j is close to o_i but of which no use is made."""
         left, v = self.rows.left[m : m + BLOCK], self.v[n : n + BLOCK]
         left_sq, v_sq = self.left_sq[m : m + BLOCK], self.v_sq[n : n + BLOCK].T
         square = torch.addmm(v_sq, left, v.T, alpha=-2, out=self.work).add_(left_sq)
+        if dominant is not None:
+            square.masked_fill_(dominant, torch.inf)
         if left.is_cuda or not square.amin() > CLOSE * (left_sq.amax() + v_sq.amax()):
             close = square <= CLOSE * (left_sq + v_sq)
             _form_differences(square, left, v, close if allowed is None else close & allowed)
