@@ -19,6 +19,7 @@ WITHOUT_PRODUCTS |= {"_group_gradients_kernel", "_states_kernel", "_selective_sc
 STATES = {"_channel_kernel", "_group_states_kernel"}
 # they mask every tile
 WITHOUT_SPLIT = {"_scores_kernel", "_attention_map_kernel", "_attention_topk_kernel"}
+WITHOUT_SPLIT |= {"_edge_rows_kernel", "_edge_columns_kernel", "_edge_map_kernel"}
 # an SM issues 128 lanes a clock beside 16 exponentials, and beside the products of 8 scores where D + V is 256
 LOOPS = {
     "_row_statistics_kernel D=64 bfloat16": 8,

@@ -42,6 +42,7 @@ def check_rows(q, k, v, mask, backend):
     stats = ca.attention_stats(q, k, want=ROWS, mask=mask, backend=backend)
     out = ca.attention(q, k, v, mask=mask, backend=backend).out
     largest = ca.attention_topk(q, k, 4, mask=mask, backend=backend)
+    pulled = ca.edge_effects(q, k, v, kind="hard", want="row", mask=mask, backend=backend).row
     roundings = score_roundings(q, k)
     for rows in sampled(T):
         some = rows_of(mask, T, rows)
@@ -63,6 +64,10 @@ def check_rows(q, k, v, mask, backend):
         values = np.sort(A, -1)[..., :-5:-1]
         top = rival.topk(4).values
         assert_within_reference_error(largest.values[:, :, rows], top, values, axis=None, roundings=roundings)
+        hard, far = (torch.cdist(o, x) * some.to_dense(T)[:, None] for o, x in (
+            (rival @ v, v), (torch.from_numpy(exact).to(DEVICE), v.double())))  # fmt: skip
+        results = (pulled[:, :, rows], hard.sum(-1), to_numpy(far.sum(-1)))
+        assert_within_reference_error(*results, axis=None, roundings=roundings)
 
 
 @pytest.mark.parametrize(("backend", "T"), CASES)
@@ -119,6 +124,9 @@ def test_rows_that_may_attend_nothing(backend):
     assert (top.values[1] == 0).all()
     assert (top.indices[1] == -1).all()
     assert (ca.attention_map(q, k, 8, mask=mask, backend=backend).mean[1] == 0).all()
+    effects = ca.edge_effects(q, k, q[:, :1], kind="hard", want="all", cells=8, mask=mask, backend=backend)
+    assert all((x[1] == 0).all() for x in (effects.row, effects.column, effects.topk.values, effects.map))
+    assert (effects.topk.indices[1] == -1).all()
 
 
 # under the interpreter a thousand blocks of rows take minutes
