@@ -263,6 +263,10 @@ def test_more_than_one_tile_of_the_torch_path(kind, measure):
     for name in ("row", "column", "map"):
         got, exact = getattr(narrow, name).double(), getattr(wide, name)
         assert ((got - exact).abs().max() / exact.max()) < 1e-5
+    total = wide.row.sum(-1)
+    torch.testing.assert_close(wide.column.sum(-1), total)
+    sizes = [torch.tensor([count * (c + 1) // 9 - count * c // 9 for c in range(9)]).to(total) for count in (530, 1100)]
+    torch.testing.assert_close((wide.map * sizes[0][:, None] * sizes[1]).sum((-1, -2)), total)
     assert (narrow.topk.values.double() - wide.topk.values).abs().max() < 1e-5 * wide.topk.values.abs().max()
 
 
