@@ -1,6 +1,6 @@
 """Everything people compute from an attention matrix, computed from q and k without the matrix."""
 
-from . import conventions, dense, feature_maps, integrations, masks
+from . import conventions, dense, experiments, feature_maps, integrations, masks
 from .analysis import HeadScores, Report, analyze, capture
 from .attention import (
     AttentionMap,
@@ -80,6 +80,7 @@ __all__ = [
     "dense",
     "do",
     "edge_effects",
+    "experiments",
     "feature_maps",
     "full",
     "hopfield_certificate",

@@ -48,6 +48,11 @@ Recorder = Callable[[nn.Module, AttentionCall], AttentionStats | None]
 
 recorder: ContextVar[Recorder | None] = ContextVar("causalattn_recorder", default=None)
 
+Watcher = Callable[[nn.Module, AttentionCall, Tensor], None]
+
+# sees each layer's heads too, [B, T, H, V] before the output projection, with their gradient
+watcher: ContextVar[Watcher | None] = ContextVar("causalattn_watcher", default=None)
+
 
 def attention_function(
     module: nn.Module,
@@ -78,6 +83,9 @@ def attention_function(
             )
         options = {"bias": mask.bias, "scale": scaling, "softcap": softcap, "sink": sink}
         out = attention(query, key, value, mask=mask.outputs, **options).out.transpose(1, 2).contiguous()
+    watch = watcher.get()
+    if watch is not None:
+        watch(module, call, out)
     return out, _statistics(module, call, kwargs)
 
 

@@ -1,0 +1,125 @@
+"""A model switched over, one input and a readout: run as it is, seen from within, or under one plan after another."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations.transformers.attention import AttentionCall, Watcher, watcher
+from ..integrations.transformers.families import attention_modules, self_attention
+from ..interventions import Plan, do
+
+Readout = Callable[..., Tensor]
+Progress = Callable[[int, int], None]
+Visit = Callable[[int, AttentionCall, Tensor], None]
+
+
+class Trial:
+    """Forward passes of one model on one input, each read out as a number, or a number a sequence.
+
+    Raises:
+        TypeError: inputs is no mapping, or readout cannot be called.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], readout: Readout):
+        if not isinstance(inputs, Mapping):
+            raise TypeError(
+                f"inputs must map names to tensors, as a tokenizer returns them, got {type(inputs).__name__}"
+            )
+        if not callable(readout):
+            raise TypeError(f"readout must be a function of the model's outputs, got {type(readout).__name__}")
+        self.model, self.readout = model, readout
+        takes = inspect.signature(model.forward).parameters
+        self.inputs = {"use_cache": False, **inputs} if "use_cache" in takes else dict(inputs)
+
+    def run(self) -> Tensor:
+        """The readout of one forward pass, with its gradient: [] or [B]."""
+        value = self.readout(self.model(**self.inputs))
+        if not isinstance(value, Tensor):
+            raise TypeError(f"readout must return a tensor, got {type(value).__name__}")
+        B = self.sequences()
+        if value.shape not in ((), (B,)) or not value.is_floating_point():
+            raise ValueError(
+                f"readout must return one real number, or {B}, one a sequence, got {value.dtype} of shape "
+                f"{list(value.shape)}"
+            )
+        return value
+
+    def sequences(self) -> int:
+        """B, of the input that the model is named after or else of the first tensor."""
+        tensors = {name: x for name, x in self.inputs.items() if isinstance(x, Tensor) and x.ndim}
+        main = getattr(self.model, "main_input_name", None)
+        return len(tensors.get(main, next(iter(tensors.values()), [None])))
+
+    def watch(self, layers: Iterable[int], visit: Visit) -> Tensor:
+        """Run, and call visit(layer, call, heads' outputs [B, T, H, V]) in each of these layers."""
+        names = self_attention(self.model)
+        modules = {self.model.get_submodule(names[layer]): layer for layer in layers}
+        seen = set()
+
+        def see(module: nn.Module, call: AttentionCall, out: Tensor) -> None:
+            layer = modules.get(module)
+            if layer is None:
+                return
+            if layer in seen:
+                family = self.model.config.model_type
+                raise NotImplementedError(f"{family} attends in {names[layer]} more than once a forward pass")
+            seen.add(layer)
+            visit(layer, call, out)
+
+        with _watching(see):
+            return self.run()
+
+    def sweep(self, plans: Sequence[Plan], progress: Progress | None = None) -> Tensor:
+        """The readout under each plan, one forward pass a plan: [plans] or [plans, B], float64 on the CPU."""
+        values = []
+        for done, plan in enumerate(plans, 1):
+            with do(plan), torch.no_grad():
+                values.append(plain(self.run()))
+            if progress is not None:
+                progress(done, len(plans))
+        return torch.stack(values)
+
+    def grid(self, plans: Mapping[tuple[int, ...], Plan], progress: Progress | None = None) -> Tensor:
+        """The sweep of plans at their places: [places ...] or [places ..., B], NaN where there is none."""
+        values = self.sweep(list(plans.values()), progress)
+        places = torch.tensor(list(plans)).T
+        grid = torch.full((*(places.amax(1) + 1).tolist(), *values.shape[1:]), torch.nan, dtype=torch.float64)
+        grid[tuple(places)] = values
+        return grid
+
+
+def plain(value: Tensor) -> Tensor:
+    """The value as float64 on the CPU."""
+    return value.detach().double().cpu()
+
+
+def chosen_layers(model: nn.Module, layers: Iterable[int] | None) -> list[int]:
+    """These self-attention layers, ascending; all where layers is None.
+
+    Raises:
+        TypeError: model is no transformers model.
+        NotImplementedError: a family that cannot be switched over, or whose layers share numbers.
+        ValueError: no layers, or an unknown one.
+    """
+    modules = attention_modules(model)
+    numbers = self_attention(model)
+    own = [getattr(module, "layer_idx", None) for module in modules.values()]
+    apart = len(numbers) == len(modules) if set(own) == {None} else None not in own and len(set(own)) == len(own)
+    if not apart:
+        raise NotImplementedError(f"{model.config.model_type} is not supported: its attention layers share numbers")
+    chosen = set(numbers) if layers is None else set(layers)
+    if not chosen or not chosen <= set(numbers):
+        raise ValueError(f"layers must be among {sorted(numbers)}, got {sorted(chosen - set(numbers))}")
+    return sorted(chosen)
+
+
+@contextmanager
+def _watching(see: Watcher) -> Iterator[None]:
+    token = watcher.set(see)
+    try:
+        yield
+    finally:
+        watcher.reset(token)
