@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..integrations.transformers.attention import AttentionCall, Watcher, watcher
 from ..integrations.transformers.families import attention_modules, self_attention
@@ -34,9 +35,9 @@ class Trial:
         takes = inspect.signature(model.forward).parameters
         self.inputs = {"use_cache": False, **inputs} if "use_cache" in takes else dict(inputs)
 
-    def run(self) -> Tensor:
-        """The readout of one forward pass, with its gradient: [] or [B]."""
-        value = self.readout(self.model(**self.inputs))
+    def run(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The readout of one forward pass, with its gradient: [] or [B]; tensors take the place of the model's own."""
+        value = self.readout(functional_call(self.model, dict(tensors or {}), kwargs=self.inputs))
         if not isinstance(value, Tensor):
             raise TypeError(f"readout must return a tensor, got {type(value).__name__}")
         B = self.sequences()
@@ -94,6 +95,18 @@ class Trial:
 def plain(value: Tensor) -> Tensor:
     """The value as float64 on the CPU."""
     return value.detach().double().cpu()
+
+
+def gradients(value: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """∂(Σ value)/∂x of each tensor, 0 where value does not depend on it.
+
+    Raises:
+        ValueError: value has no gradient.
+    """
+    if not value.requires_grad:
+        raise ValueError("readout must be a differentiable function of the model's outputs, got one without a gradient")
+    slopes = torch.autograd.grad(value.sum(), tensors, allow_unused=True)
+    return [torch.zeros_like(x) if slope is None else slope for x, slope in zip(tensors, slopes, strict=True)]
 
 
 def chosen_layers(model: nn.Module, layers: Iterable[int] | None) -> list[int]:
