@@ -120,7 +120,7 @@ def analyze(
         stats = attention_stats(call.q, call.k, want=kept | {*SCORED, "columns"}, **call.options())
         scores = _score(call, stats, null, "asymmetry" in kept)
         stats = stats._replace(**{name: None for name in stats._fields if name not in kept})
-        found[layer] = (*_to_cpu((stats, scores, _per_sequence(call))), numbers)
+        found[layer] = (*to_cpu((stats, scores, _per_sequence(call))), numbers)
         if progress is not None:
             progress(len(found), total)
         return stats
@@ -307,11 +307,11 @@ def _per_sequence(call: AttentionCall) -> Intervals:
     return Intervals(*(x.expand(call.q.shape[0], -1) for x in call.intervals[:3]), call.intervals.offset)
 
 
-def _to_cpu(value):
+def to_cpu(value):
     if isinstance(value, Tensor):
         return value.cpu()
     if isinstance(value, tuple):
-        moved = map(_to_cpu, value)
+        moved = map(to_cpu, value)
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
     return value
 

@@ -23,6 +23,12 @@ MODULES = [
     "nulls",
     "dense",
     "analysis",
+    "experiments.ablation",
+    "experiments.counterfactual",
+    "experiments.influence",
+    "experiments.knockout",
+    "experiments.patching",
+    "experiments.rollout",
     "memory_demo",
 ]
 

@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..integrations.transformers.attention import AttentionCall
 from ..integrations.transformers.families import using
 from ..interventions import Do
-from .trial import Progress, Readout, Trial, chosen_layers, plain
+from .trial import Progress, Readout, Trial, plain, plan_layers, watching
 
 
 class Ablation(NamedTuple):
@@ -68,11 +69,15 @@ def ablate(
     if unit not in ("head", "layer"):
         raise ValueError(f"unit must be 'head' or 'layer', got {unit!r}")
     trial = Trial(model, inputs, readout)
-    numbers = chosen_layers(model, layers)
+    numbers = plan_layers(model, layers)
     heads: dict[int, int] = {}
+
+    def count(layer: int, call: AttentionCall, out: Tensor) -> None:
+        heads[layer] = out.shape[2]
+
     with using(model):
-        with torch.no_grad():
-            baseline = plain(trial.watch(numbers, lambda layer, call, out: heads.update({layer: out.shape[2]})))
+        with torch.no_grad(), watching(model, numbers, count):
+            baseline = plain(trial.run())
         if unit == "layer":
             plans = {(at,): Do.layer_off(layer, value=value) for at, layer in enumerate(numbers)}
         else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..integrations.transformers.attention import AttentionCall
 from ..integrations.transformers.families import using
 from ..interventions import Do, Plan
-from .trial import Progress, Readout, Trial, chosen_layers, plain
+from .trial import Progress, Readout, Trial, plain, plan_layers, watching
 
 AXES = {
     "layer": ("layer",),
@@ -102,7 +102,7 @@ def patch(
     if over not in AXES:
         raise ValueError(f"over must be among {', '.join(AXES)}, got {over!r}")
     right, wrong = (Trial(model, inputs, readout) for inputs in (clean, corrupt))
-    numbers = chosen_layers(model, layers)
+    numbers = plan_layers(model, layers)
     with using(model):
         (m_clean, source), (m_corrupt, other) = (_observed(trial, numbers) for trial in (right, wrong))
         _check_same_tokens(source, other)
@@ -125,8 +125,8 @@ def _observed(trial: Trial, layers: list[int]) -> tuple[Tensor, _Run]:
         run.outputs[layer] = out.transpose(1, 2)
         run.real[layer] = call.intervals.stop > call.intervals.start
 
-    with torch.no_grad():
-        return plain(trial.watch(layers, keep)), run
+    with torch.no_grad(), watching(trial.model, layers, keep):
+        return plain(trial.run()), run
 
 
 def _check_same_tokens(clean: _Run, corrupt: _Run) -> None:

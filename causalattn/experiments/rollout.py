@@ -37,6 +37,7 @@ def rollout(calls: Calls, position: int | Tensor, *, layers: Iterable[int] | Non
 
     Example:
         >>> from transformers import BertConfig, BertModel
+        >>> from causalattn import capture
         >>> small = BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=8)
         >>> calls = capture(BertModel(small), {"input_ids": torch.tensor([[5, 6, 7]])})
         >>> row = rollout(calls, 0)
@@ -79,6 +80,7 @@ def token_influence(calls: Calls, *, rows: Iterable[int] | None = None, layers: 
 
     Example:
         >>> from transformers import BertConfig, BertModel
+        >>> from causalattn import capture
         >>> small = BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=8)
         >>> calls = capture(BertModel(small), {"input_ids": torch.tensor([[5, 6, 7]])})
         >>> token_influence(calls, rows=[0, 2]).shape

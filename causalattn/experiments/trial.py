@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..integrations.transformers.attention import AttentionCall, Watcher, watcher
+from ..integrations.transformers.attention import AttentionCall, watcher
 from ..integrations.transformers.families import attention_modules, self_attention
 from ..interventions import Plan, do
 
@@ -25,19 +25,13 @@ class Trial:
     """
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], readout: Readout):
-        if not isinstance(inputs, Mapping):
-            raise TypeError(
-                f"inputs must map names to tensors, as a tokenizer returns them, got {type(inputs).__name__}"
-            )
         if not callable(readout):
             raise TypeError(f"readout must be a function of the model's outputs, got {type(readout).__name__}")
-        self.model, self.readout = model, readout
-        takes = inspect.signature(model.forward).parameters
-        self.inputs = {"use_cache": False, **inputs} if "use_cache" in takes else dict(inputs)
+        self.model, self.inputs, self.readout = model, check_inputs(inputs), readout
 
     def run(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """The readout of one forward pass, with its gradient: [] or [B]; tensors take the place of the model's own."""
-        value = self.readout(functional_call(self.model, dict(tensors or {}), kwargs=self.inputs))
+        value = self.readout(infer(self.model, self.inputs, tensors))
         if not isinstance(value, Tensor):
             raise TypeError(f"readout must return a tensor, got {type(value).__name__}")
         B = self.sequences()
@@ -53,25 +47,6 @@ class Trial:
         tensors = {name: x for name, x in self.inputs.items() if isinstance(x, Tensor) and x.ndim}
         main = getattr(self.model, "main_input_name", None)
         return len(tensors.get(main, next(iter(tensors.values()), [None])))
-
-    def watch(self, layers: Iterable[int], visit: Visit) -> Tensor:
-        """Run, and call visit(layer, call, heads' outputs [B, T, H, V]) in each of these layers."""
-        names = self_attention(self.model)
-        modules = {self.model.get_submodule(names[layer]): layer for layer in layers}
-        seen = set()
-
-        def see(module: nn.Module, call: AttentionCall, out: Tensor) -> None:
-            layer = modules.get(module)
-            if layer is None:
-                return
-            if layer in seen:
-                family = self.model.config.model_type
-                raise NotImplementedError(f"{family} attends in {names[layer]} more than once a forward pass")
-            seen.add(layer)
-            visit(layer, call, out)
-
-        with _watching(see):
-            return self.run()
 
     def sweep(self, plans: Sequence[Plan], progress: Progress | None = None) -> Tensor:
         """The readout under each plan, one forward pass a plan: [plans] or [plans, B], float64 on the CPU."""
@@ -90,6 +65,19 @@ class Trial:
         grid = torch.full((*(places.amax(1) + 1).tolist(), *values.shape[1:]), torch.nan, dtype=torch.float64)
         grid[tuple(places)] = values
         return grid
+
+
+def check_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must map names to tensors, as a tokenizer returns them, got {type(inputs).__name__}")
+    return dict(inputs)
+
+
+def infer(model: nn.Module, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = None):
+    """The model's outputs, with no cache kept; tensors, by name, take the place of its parameters and buffers."""
+    takes = inspect.signature(model.forward).parameters
+    cacheless = {"use_cache": False} if "use_cache" in takes else {}
+    return functional_call(model, dict(tensors or {}), kwargs=cacheless | dict(inputs))
 
 
 def plain(value: Tensor) -> Tensor:
@@ -114,23 +102,55 @@ def chosen_layers(model: nn.Module, layers: Iterable[int] | None) -> list[int]:
 
     Raises:
         TypeError: model is no transformers model.
-        NotImplementedError: a family that cannot be switched over, or whose layers share numbers.
+        NotImplementedError: a family that cannot be switched over.
         ValueError: no layers, or an unknown one.
     """
-    modules = attention_modules(model)
     numbers = self_attention(model)
-    own = [getattr(module, "layer_idx", None) for module in modules.values()]
-    apart = len(numbers) == len(modules) if set(own) == {None} else None not in own and len(set(own)) == len(own)
-    if not apart:
-        raise NotImplementedError(f"{model.config.model_type} is not supported: its attention layers share numbers")
     chosen = set(numbers) if layers is None else set(layers)
     if not chosen or not chosen <= set(numbers):
         raise ValueError(f"layers must be among {sorted(numbers)}, got {sorted(chosen - set(numbers))}")
     return sorted(chosen)
 
 
+def plan_layers(model: nn.Module, layers: Iterable[int] | None) -> list[int]:
+    """The chosen layers of a model where a plan's layer numbers mean the same.
+
+    Raises:
+        NotImplementedError: layers that share numbers under a plan, besides what chosen_layers raises.
+    """
+    chosen = chosen_layers(model, layers)
+    modules = attention_modules(model).values()
+    own = [getattr(module, "layer_idx", None) for module in modules]
+    if set(own) == {None}:
+        apart = len(self_attention(model)) == len(own)
+    else:
+        apart = None not in own and len(set(own)) == len(own)
+    if not apart:
+        raise NotImplementedError(f"{model.config.model_type} is not supported: its attention layers share numbers")
+    return chosen
+
+
 @contextmanager
-def _watching(see: Watcher) -> Iterator[None]:
+def watching(model: nn.Module, layers: Iterable[int], visit: Visit) -> Iterator[None]:
+    """Call visit(layer, call, heads' outputs [B, T, H, V]) in each of these layers of one forward pass.
+
+    Raises:
+        NotImplementedError: in the forward pass, a layer that runs twice.
+    """
+    names = self_attention(model)
+    modules = {model.get_submodule(names[layer]): layer for layer in layers}
+    seen = set()
+
+    def see(module: nn.Module, call: AttentionCall, out: Tensor) -> None:
+        layer = modules.get(module)
+        if layer is None:
+            return
+        if layer in seen:
+            family = model.config.model_type
+            raise NotImplementedError(f"{family} attends in {names[layer]} more than once a forward pass")
+        seen.add(layer)
+        visit(layer, call, out)
+
     token = watcher.set(see)
     try:
         yield
