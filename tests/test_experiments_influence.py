@@ -1,5 +1,7 @@
 """Rollout against products of matrices; derivatives of a readout against autograd and edits by hand."""
 
+import copy
+
 import pytest
 import torch
 from test_experiments import CLOSE, FAMILIES, read, run
@@ -142,6 +144,17 @@ def test_a_wrong_gradient_is_seen():
 
     found = influence(exact("bert"), text_inputs(T=9), lambda outputs: Doubled.apply(read(outputs)))
     assert found.disagreement == pytest.approx(1, abs=1e-6)
+
+
+def test_differences_of_half_precision_are_of_its_own_weights():
+    probe = torch.linspace(-1, 1, 32)
+    model, inputs = tiny("llama", torch.bfloat16), text_inputs(T=9)
+    half, wide = (
+        influence(m, inputs, lambda outputs: outputs.logits[:, 7, :32].to(probe.dtype) @ probe, method="difference")
+        for m in (model, copy.deepcopy(model).double())
+    )
+    # the readout's own float32 is widened too
+    torch.testing.assert_close(half.difference, wide.difference, rtol=1e-6, atol=1e-7)
 
 
 def test_one_method_alone_leaves_the_other_out():

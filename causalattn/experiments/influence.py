@@ -7,11 +7,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ..integrations.transformers.families import using
 from .trial import Progress, Readout, Trial, gradients, plain
 
 METHODS = ("both", "gradient", "difference")
+NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Influence(NamedTuple):
@@ -43,7 +45,7 @@ def influence(
     """Measure how a readout answers to each input token, or to each parameter tensor, to first order.
 
         derivative = ⟨∂M/∂x, u⟩, by one backward pass, in the model's dtype
-        difference = (M(x + h u) − M(x − h u)) / 2h, by two forward passes for each x, in float64
+        difference = (M(x + h u) − M(x − h u)) / 2h, by two forward passes for each x, in float64 throughout
 
     x is the embedding of a token, or a parameter; u = x asks what it is worth as it stands (gradient × input). Of a
     difference the error is h² times the third derivative, so a disagreement well above the model's own rounding says
@@ -55,9 +57,8 @@ def influence(
         readout: M, a differentiable function of the model's outputs: one number a sequence, [B], whose sum is taken, or
             one of all.
         of: "tokens", what the model's input embedding returns, or "parameters", every one, tied ones once.
-        method: "both", or one of "gradient" and "difference"; differences take 2T or 2P forward passes, on a float64
-            copy of the parameters, where casts to float32 are left out. A model that cannot run in float64 has
-            the gradient alone.
+        method: "both", or one of "gradient" and "difference"; differences take 2T or 2P forward passes (2BT of
+            tokens, where the readout is one number), and a model that cannot run in float64 has none.
         direction: u, "own" for x itself or "random" for a unit vector drawn for each x.
         generator: of the random directions, on the CPU; torch's own by default.
         progress: called as progress(done, total) after each pair of forward passes.
@@ -143,7 +144,6 @@ class _Tokens:
         return plain(slope.double().norm(dim=-1)), plain((slope.double() * self.u).sum(-1))
 
     def difference(self, progress: Progress | None) -> Tensor:
-        copy, tensors = _precise(self.trial)
         B, T = self.u.shape[:2]
         # a readout of all sequences cannot tell whose token it was
         sequences = [slice(None)] if self.many else [slice(b, b + 1) for b in range(B)]
@@ -156,7 +156,7 @@ class _Tokens:
                 ends = []
                 for sign in (1, -1):
                     with torch.no_grad(), _Wide(), self._embedding(lambda x, step=sign * shift: x + step):
-                        ends.append(plain(copy.run(tensors)))
+                        ends.append(plain(self.trial.run()))
                 width = 2 * self.h if isinstance(self.h, float) else 2 * plain(self.h[which, token, 0])
                 found[which, token] = (ends[0] - ends[1]) / width
                 done += 1
@@ -202,12 +202,11 @@ class _Parameters:
         return norm, torch.stack([plain((slopes[name] * self.u[name]).sum()) for name in self.names])
 
     def difference(self, progress: Progress | None) -> Tensor:
-        copy, tensors = _precise(self.trial)
         found = []
         for done, name in enumerate(self.names, 1):
             shift = self.h[name] * self.u[name]
             with torch.no_grad(), _Wide():
-                ends = [plain(copy.run({**tensors, name: tensors[name] + sign * shift}).sum()) for sign in (1, -1)]
+                ends = [plain(self.trial.run({name: self.x[name].double() + sign * shift}).sum()) for sign in (1, -1)]
             found.append((ends[0] - ends[1]) / (2 * self.h[name]))
             if progress is not None:
                 progress(done, len(self.names))
@@ -215,22 +214,16 @@ class _Parameters:
 
 
 class _Wide(TorchDispatchMode):
-    """Makes float64 of what a model casts to float32, as norms, rotary positions and softmax do."""
+    """Computes in float64 whatever a model or a readout holds, or asks for, in less."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.float32:
-            kwargs = {**kwargs, "dtype": torch.float64}
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in NARROW:
+            kwargs["dtype"] = torch.float64
+        if not function._schema.is_mutable:
+            args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
         return function(*args, **kwargs)
 
 
-def _precise(trial: Trial) -> tuple[Trial, dict[str, Tensor]]:
-    """The trial with its inputs in float64, and the model's parameters and buffers to run it with."""
-
-    def wide(named) -> dict:
-        return {
-            name: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in named
-        }
-
-    tensors = wide(trial.model.named_parameters()) | wide(trial.model.named_buffers())
-    return Trial(trial.model, wide(trial.inputs.items()), trial.readout), tensors
+def _widened(x: Tensor) -> Tensor:
+    return x.double() if x.dtype in NARROW else x
