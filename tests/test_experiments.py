@@ -110,6 +110,14 @@ def test_a_head_that_a_layer_lacks_has_no_effect():
     )
 
 
+def test_a_head_that_a_layer_lacks_is_not_patched():
+    model = exact("bert")
+    model.encoder.layer[1].attention.self.attention_head_size = 8
+    found = patch(model, text_inputs(), corrupted(text_inputs()), read, heads=[3, 0])
+    assert found.heads == [3, 0]
+    assert torch.equal(found.recovery.isnan()[..., 0], torch.tensor([[True, False], [False, False]]))
+
+
 def corrupted(inputs):
     ids = inputs["input_ids"].clone()
     ids[:, 2] = (ids[:, 2] + 7) % 50 + 3

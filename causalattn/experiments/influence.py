@@ -104,24 +104,22 @@ def influence(
 
 
 class _Directions:
-    """The direction u of each x, over its last axes."""
+    """The direction u of each x, and how far to step along it; axes are those of one x."""
 
     def __init__(self, random: bool, generator: torch.Generator | None):
         self.random, self.generator = random, generator
 
     def of(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
         if not self.random:
-            return x.detach().double()
+            return x.detach()
         u = torch.randn(x.shape, dtype=torch.float64, generator=self.generator).to(x.device)
         return u / u.square().sum(axes, keepdim=True).sqrt()
 
-    def step(self, x: Tensor, axes: tuple[int, ...]) -> Tensor | float:
+    def step(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
         """h, in proportion to x: the cube root of a rounding, where a central difference is best."""
-        h = torch.finfo(torch.float64).eps ** (1 / 3)
-        if not self.random:
-            return h
+        one = torch.finfo(torch.float64).eps ** (1 / 3)
         size = x.double().square().sum(axes, keepdim=True).sqrt()
-        return h * torch.where(size > 0, size, 1)
+        return one * size.where(size > 0, 1.0) if self.random else torch.full_like(size, one)
 
 
 class _Tokens:
@@ -147,22 +145,20 @@ class _Tokens:
         B, T = self.u.shape[:2]
         # a readout of all sequences cannot tell whose token it was
         sequences = [slice(None)] if self.many else [slice(b, b + 1) for b in range(B)]
+        places = [(which, token) for which in sequences for token in range(T)]
         found = torch.empty(B, T, dtype=torch.float64)
-        done = 0
-        for which in sequences:
-            for token in range(T):
-                shift = torch.zeros_like(self.u)
-                shift[which, token] = (self.h * self.u)[which, token]
-                ends = []
-                for sign in (1, -1):
-                    with torch.no_grad(), _Wide(), self._embedding(lambda x, step=sign * shift: x + step):
-                        ends.append(plain(self.trial.run()))
-                width = 2 * self.h if isinstance(self.h, float) else 2 * plain(self.h[which, token, 0])
-                found[which, token] = (ends[0] - ends[1]) / width
-                done += 1
-                if progress is not None:
-                    progress(done, len(sequences) * T)
+        for done, place in enumerate(places, 1):
+            shift = torch.zeros_like(self.u, dtype=torch.float64)
+            shift[place] = self.h[place] * self.u[place]
+            ends = [self._moved(shift), self._moved(-shift)]
+            found[place] = (ends[0] - ends[1]) / (2 * plain(self.h[place])[..., 0])
+            if progress is not None:
+                progress(done, len(places))
         return found
+
+    def _moved(self, shift: Tensor) -> Tensor:
+        with torch.no_grad(), _Wide(), self._embedding(lambda x: x + shift):
+            return plain(self.trial.run())
 
     @contextmanager
     def _embedding(self, edit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
@@ -204,7 +200,7 @@ class _Parameters:
     def difference(self, progress: Progress | None) -> Tensor:
         found = []
         for done, name in enumerate(self.names, 1):
-            shift = self.h[name] * self.u[name]
+            shift = self.h[name] * self.u[name].double()
             with torch.no_grad(), _Wide():
                 ends = [plain(self.trial.run({name: self.x[name].double() + sign * shift}).sum()) for sign in (1, -1)]
             found.append((ends[0] - ends[1]) / (2 * self.h[name]))
