@@ -73,13 +73,15 @@ def test_every_family_is_eager_edited_by_hand(family, padding):
     assert (plain - expected).abs().max() > 1e-3 and receipt.edges > 0 and receipt.emptied == 0
 
 
-@pytest.mark.parametrize("family", ["vit", "whisper"])
+@pytest.mark.parametrize(("family", "layers"), [("vit", 2), ("whisper", 4)])
 @torch.no_grad()
-def test_models_without_a_text_mask(family):
+def test_models_without_a_text_mask(family, layers):
     model, inputs = use(tiny(family)), other_inputs(family, torch.float32)
     with ca.do(Do.cut(5, 2) + Do.soft(-1, 0, 3.0)) as receipt:
         changed = model(**inputs)[0]
-    assert receipt.edges > 0 and not torch.equal(changed, model(**inputs)[0])
+    # two sequences and heads; whisper's encoder and decoder, and not what attends across
+    assert receipt.items == [2 * 2 * layers] * 2 and list(receipt.layers) == list(range(layers))
+    assert not torch.equal(changed, model(**inputs)[0])
 
 
 @pytest.mark.parametrize("cache", ["dynamic", *full("static")])

@@ -29,6 +29,9 @@ MODULES = [
     "experiments.knockout",
     "experiments.patching",
     "experiments.rollout",
+    "interventions.context",
+    "interventions.plan",
+    "dense.interventions",
     "memory_demo",
 ]
 

@@ -87,6 +87,7 @@ def attention(
         >>> q = k = v = torch.eye(2).view(1, 1, 2, 2)
         >>> attention(q, k, v, causal=True).lse
         tensor([[[0.7071, 1.1079]]])
+        >>> from causalattn import Do
         >>> attention(q, k, v, causal=True, do=Do.cut(1, 0)).out[0, 0, 1]
         tensor([0., 1.])
     """

@@ -74,7 +74,7 @@ class _Heads:
         if self.surgery.off == "zero":
             self.out = torch.zeros_like(self.out)
         elif self.surgery.off == "mean":
-            filled = (self.before > -torch.inf)[..., None]
+            filled = (self.surgery.real.to(device) & (self.before > -torch.inf))[..., None]
             mean = (self.out * filled).sum(1, keepdim=True) / filled.sum(1, keepdim=True).clamp(min=1)
             self.out = torch.where(filled, mean, self.out)
 

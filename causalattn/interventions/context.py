@@ -82,8 +82,8 @@ def do(
 
     Args:
         plan: made by `Do`.
-        layers, heads: where items act that do not choose their own; everywhere by default. A layer's number is its
-            module's layer_idx or, where it has none, its place in the order of the calls.
+        layers, heads: where items act that do not choose their own; everywhere by default. Layers count as in
+            `analyze`, and cross-attention is never intervened on.
         tokens: one sequence's real tokens as strings, for a plan that names some.
 
     Yields:
@@ -95,6 +95,7 @@ def do(
         RuntimeError: a plan is in force already.
 
     Example:
+        >>> from causalattn import Do, do, integrations
         >>> from transformers import BertConfig, BertModel
         >>> small = BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8)
         >>> model = integrations.transformers.use(BertModel(small).eval())

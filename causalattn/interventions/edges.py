@@ -72,6 +72,7 @@ class Surgery(NamedTuple):
     value_edits: dict[int, Tensor]
     patches: list[tuple[Tensor, Tensor]]
     off: str | None
+    real: Tensor
 
 
 def surgeries_of(do: Plan, q: Tensor, k: Tensor, intervals: Intervals) -> list[Surgery]:
@@ -235,7 +236,10 @@ def _surgery(parts: dict[Item, Runs], pairs: Tensor, call: Call, frame: Frame, l
     off = [item.value for item, _ in of("head_off")]
     if len(set(off)) > 1:
         raise ValueError("a head is switched off to zero or to its mean, got both")
-    return Surgery(pairs, cuts, softs, hard, edits["key_edit"], edits["value_edit"], patches, off[0] if off else None)
+    every = torch.arange(call.T)
+    real = call.of_pairs(call.stop, pairs, every) > call.of_pairs(call.start, pairs, every)
+    edited = (edits["key_edit"], edits["value_edit"])
+    return Surgery(pairs, cuts, softs, hard, *edited, patches, off[0] if off else None, real)
 
 
 def _merged(parts: list[Runs], S: int) -> Runs:

@@ -49,7 +49,7 @@ class Plan:
     """Interventions that are made together; on one row cuts come first, then softs, whose strengths add, then a hard.
 
     Example:
-        >>> plan = Do.cut("storm", layers=5) + Do.soft(7, 2, strength=3.0)
+        >>> plan = Do.cut(None, "storm", layers=5) + Do.soft(7, 2, strength=3.0)
         >>> print(plan)
         cut(*, 'storm', layers=5) + soft(7, 2, 3)
         >>> print(plan.locate(["the", "storm", "sank"]))

@@ -8,6 +8,7 @@ output_attentions=True, or a recorder.
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,10 @@ Watcher = Callable[[nn.Module, AttentionCall, Tensor], None]
 watcher: ContextVar[Watcher | None] = ContextVar("causalattn_watcher", default=None)
 
 
+# numbers of the self-attention modules of models that were switched over; None for cross-attention
+layer_numbers: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+
+
 def attention_function(
     module: nn.Module,
     query: Tensor,
@@ -70,10 +75,11 @@ def attention_function(
     softcap, sink = kwargs.get("softcap"), kwargs.get("s_aux")
     call = AttentionCall(query, key, value, mask.statistics, mask.last, mask.bias, scaling, softcap, sink)
     plan = running.get()
-    if plan is not None and plan.places(plan.layer(module)):
+    layer = None if plan is None else layer_numbers[module] if module in layer_numbers else plan.layer(module)
+    if layer is not None and plan.places(layer):
         if dropout > 0:
             raise NotImplementedError(f"{type(module).__name__}: dropout must be 0 under a do, got {dropout}")
-        out = _intervened(module, call, mask.outputs, plan).transpose(1, 2).contiguous()
+        out = _intervened(module, layer, call, mask.outputs, plan).transpose(1, 2).contiguous()
     elif softcap is None and sink is None and (mask.plain is not None or query.shape[2] == 1):
         out = _sdpa(module, query, key, value, mask, scaling, dropout)
     else:
@@ -89,9 +95,8 @@ def attention_function(
     return out, _statistics(module, call, kwargs)
 
 
-def _intervened(module: nn.Module, call: AttentionCall, outputs: Intervals, plan: Running) -> Tensor:
+def _intervened(module: nn.Module, layer: int, call: AttentionCall, outputs: Intervals, plan: Running) -> Tensor:
     """The layer's output [B, H, T, V] under the plan in force; outputs is the model's own mask."""
-    layer = plan.layer(module)
     options = {"bias": call.bias, "scale": call.scale, "softcap": call.softcap, "sink": call.sink}
     logits = resolve_logits(call.q, call.k, outputs, alibi_slopes=None, **options)
     out, lse, *_ = attend(call.q, call.k, call.v, *logits, None, "auto")
