@@ -99,7 +99,7 @@ def edge_effects(
     Example:
         >>> q = k = v = torch.eye(2).view(1, 1, 2, 2)
         >>> edge_effects(q, k, v, kind="hard", measure="kl", causal=True).row
-        tensor([[[0.0000, 1.5087]]])
+        tensor([[[0.0000, 1.5088]]])
     """
     check_qk(q, k)
     check_v(v, k)

@@ -66,8 +66,8 @@ def dominant_effects(
 ) -> tuple[Tensor, Tensor]:
     """The effect of each row's dominant edge and the score, in base 2, above which it lies: ∞ where there is none.
 
-    With q = 1 − p and r the row without the edge, λ on the edge is −λ on all the others: the output moves by
-    q'/q − 1 of o − r, and the divergence is that of an edge of probability q.
+    With q = 1 − p and r the output without the edge, λ on the edge is −λ on all the others together: the output moves
+    by w / (1 + w)·(r − o) with w = q·(e^−λ − 1), and the divergence is that of one edge of probability q.
     """
     ceiling = torch.where(largest > DOMINANT, pivot - torch.log2(2 * largest), torch.inf)
     rest, rest_pivot, rest_largest = attend_rest(q, k, v, *logits._replace(sink=None), ceiling, backend)
