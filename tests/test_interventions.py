@@ -98,7 +98,9 @@ def check(backend, q, k, v, mask, chosen, **options):
     wide = torch.promote_types(q.dtype, torch.float32)
     plain = plain_scores(q, k, seen, **{n: x for n, x in options.items() if n != "sink"}).to(wide)
     rival = [torch.from_numpy(x) for x in reference.attention(to_numpy(plain), to_numpy(v), gain, forced, sink)]
-    roundings = score_roundings(q, k, options.get("scale"))
+    # an exponent is rounded by its size, to which strengths and the sink add
+    exponent = np.abs(gain[np.isfinite(gain)]).max(initial=0.0) + (0 if sink is None else np.abs(sink).max())
+    roundings = score_roundings(q, k, options.get("scale")) + exponent
     # a row that is not formed again has lost 0.9 at most, half in 16 bits: what was rounded grew that much
     grown = (10 if q.itemsize > 2 else 2) * (roundings + 1)
     assert_within_reference_error(result.out, rival[0].to(q.dtype), expected[0], axis=None, roundings=grown)
@@ -148,6 +150,12 @@ def test_rows_that_lose_every_key_are_empty(backend):
     for x in (result.out, result.probs):
         assert not x[:, :, [2, 5]].any() and x[:, :, [0, 1, 3, 4]].any(-1).all()
     assert (result.lse[:, :, [2, 5]] == -torch.inf).all()
+    # a learned sink alone is no row either
+    sink = torch.zeros(2, device=DEVICE)
+    result = ca.attention(q, k, v, causal=True, sink=sink, do=Do.cut(2, [0, 1, 2]), return_probs=True, backend=backend)
+    assert (
+        (result.lse[:, :, 2] == -torch.inf).all() and not result.out[:, :, 2].any() and not result.probs[:, :, 2].any()
+    )
 
 
 @pytest.mark.parametrize("backend", PATHS)

@@ -95,7 +95,9 @@ class _Heads:
         filled = lse.detach() > -torch.inf
         p = torch.where(allowed, torch.exp(s - torch.where(filled, lse, 0)[..., None]), 0)
         lost = (p * -torch.expm1(strength.clamp(max=0))).detach().sum(-1)
-        again = (lost > self.hot * self._held(lse)) | (not group.listed)
+        # what a sink leaves to the keys is known to a rounding
+        again = (lost > self.hot * self._held(lse) - 8 * torch.finfo(self.dtype).eps) & (lost > 0)
+        again |= not group.listed
         if rows.is_cuda:
             again |= group.loses or bool(self.surgery.key_edits)
         # e^{−top} on both sides of the quotient, so that no strength overflows
@@ -126,12 +128,14 @@ class _Heads:
             at = torch.arange(len(group.rows), device=again.device) if again.is_cuda else again[n].nonzero()[:, 0]
             for some in at.split(max(1, WORKSPACE // max(1, self.inputs.k.shape[2]))):
                 out, lse = self._between(n, group.rows[some], group.low[some], group.high[some])
-                rest = _merge(out, lse)
+                sink = self._sink(n, lse[:, :1])
+                kept = torch.exp(_merge(out, torch.cat([lse, sink], -1))[1] - self.lse[n, group.rows[some]]).detach()
                 lse = torch.cat([lse, gained[n, some]], -1)
-                merged = _merge(torch.cat([out, values[n, some]], -2), lse)
-                kept = torch.exp(rest[1] - self.lse[n, group.rows[some]]).detach()
+                merged, total = _merge(torch.cat([out, values[n, some]], -2), torch.cat([lse, sink], -1))
+                # a sink alone is no row
+                total = total.masked_fill((lse.detach() == -torch.inf).all(-1), -torch.inf)
                 places.append((torch.full_like(some, n), some))
-                parts.append((*merged, kept.nan_to_num(0)))
+                parts.append((merged, total, kept.nan_to_num(0)))
         if not places:
             return closed
         place = tuple(torch.cat(x) for x in zip(*places, strict=True))
@@ -144,11 +148,15 @@ class _Heads:
             )
         return tuple(old.index_put(place, new.to(old.dtype)) for old, new in zip(closed, parts, strict=True))
 
-    def _between(self, n: int, rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Head n's out [R, m + 1 or 2, V] and lse [R, m + 1 or 2] of the keys before, between and after m runs.
+    def _sink(self, n: int, like: Tensor) -> Tensor:
+        """Head n's learned sink, −∞ without one."""
+        sink = self.inputs.logits.sink
+        if sink is None:
+            return torch.full_like(like, -torch.inf)
+        return sink[self.surgery.pairs[n, 1]].to(like.dtype).expand_as(like)
 
-        A learned sink comes last, with a value of 0.
-        """
+    def _between(self, n: int, rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Head n's out [R, m + 1, V] and lse [R, m + 1] of the keys around m runs, empty ones left out."""
         q, k, v, logits, backend = self.inputs
         b, h = self.surgery.pairs[n].tolist()
         g = h // (q.shape[1] // k.shape[1])
@@ -161,17 +169,12 @@ class _Heads:
             edges += [torch.maximum(torch.minimum(high[:, m], stop), edges[-1])]
         edges.append(torch.maximum(stop, edges[-1]))
         outs, lses = [], []
-        for left, right in zip(edges[::2], edges[1::2], strict=True):
-            if rows.is_cuda or (right > left).any():
+        for n, (left, right) in enumerate(zip(edges[::2], edges[1::2], strict=True)):
+            if n == 0 or rows.is_cuda or (right > left).any():
                 bounds = {"start": left.int()[None], "stop": right.int()[None]}
                 out, lse, *_ = attend(*head, *own._replace(**bounds), None, backend)
                 outs.append(out[0, 0].to(self.dtype))
                 lses.append(lse[0, 0])
-        if not outs or logits.sink is not None:
-            outs.append(v.new_zeros(len(rows), v.shape[3], dtype=self.dtype))
-            empty = start >= stop
-            sink = -torch.inf if logits.sink is None else logits.sink[h].to(self.dtype)
-            lses.append(torch.where(empty, -torch.inf, sink).to(self.dtype))
         return torch.stack(outs, 1), torch.stack(lses, 1)
 
     def _account(self, rows: Tensor, p: Tensor, strength: Tensor, gained: Tensor, kept: Tensor, lse: Tensor) -> None:
@@ -229,12 +232,12 @@ def _growth(strength: Tensor, top: Tensor) -> Tensor:
 
 
 def _merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Parts [R, n, V] and [R, n] of a row's keys as one: [R, V] and [R]."""
+    """Parts [R, n, V] and [R, n + 1] of a row as one, [R, V] and [R]; the last part has no value."""
     top = lse.detach().amax(-1, keepdim=True)
     top = top.where(top > -torch.inf, 0)
     e = torch.exp(lse - top)
     total = e.sum(-1)
     empty = total == 0
     whole = total.masked_fill(empty, 1)
-    merged = (e[..., None] * out).sum(-2) / whole[..., None]
+    merged = (e[:, :-1, None] * out).sum(-2) / whole[..., None]
     return merged, torch.where(empty, -torch.inf, torch.log(whole) + top[:, 0])
