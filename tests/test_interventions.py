@@ -283,3 +283,31 @@ def run(T):
 """
     small, large = grown_memory(definition, 4096, 16384)
     assert large < 6 * max(small, 16 * 1024), (small, large)
+
+
+@pytest.mark.parametrize("backend", PATHS)
+def test_an_improbable_key_is_raised_and_low_scores_have_gradients(backend):
+    q, k = torch.zeros(1, 1, 2, 16, device=DEVICE), torch.zeros(1, 1, 2, 16, device=DEVICE)
+    q[..., 0], k[0, 0, 1, 0] = 104 * 4, -1
+    v = torch.tensor([[[[0.0], [1.0]]]], device=DEVICE)
+    for strength, share in ((104.0, 0.5), (110.0, 1 / (1 + math.exp(-6))), (1e30, 1.0)):
+        out, lse, _ = ca.attention(q, k, v, do=Do.soft(1, 1, strength), backend=backend)
+        torch.testing.assert_close(out[0, 0, 1, 0].item(), share)
+        assert math.isclose(lse[0, 0, 1].item(), max(strength - 104, 0) - math.log(max(share, 1 - share)), rel_tol=1e-6)
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 1, 1, 6, 6, 16))
+    low = [x * 0 + offset for x, offset in ((q, 5.0), (k, -5.0))]
+    out = ca.attention(*low, v, causal=True, do=Do.cut(None, [0, 2]), backend=backend).out
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.square().sum(), (q, k, v)))
+
+
+def test_the_same_edge_twice_is_one_edge():
+    q, k, v = make_qkv(1, 1, 1, 9, 9, 16)
+    once = ca.attention(q, k, v, do=Do.soft(3, 0, 1.0)).out
+    for plan in (Do.soft(edges=[(3, 0), (3, 0), (-6, 0)], strength=1), Do.soft([3, -6], [0, -9], 1.0)):
+        assert torch.equal(ca.attention(q, k, v, do=plan).out, once)
+    # two items are two interventions, also where they are one object
+    half = Do.soft(3, 0, 0.5)
+    torch.testing.assert_close(ca.attention(q, k, v, do=half + half).out, once)
+    assert ca.attention(q[:0], k[:0], v[:0], do=half).out.shape == (0, 1, 9, 16)
+    every = ca.attention(q, k, v, do=Do.value_edit(None, torch.ones(16))).out
+    torch.testing.assert_close(every, ca.attention(q, k, v + 1).out)

@@ -23,9 +23,9 @@ def test_items_say_what_they_do():
     [
         ("L5H3: sank <- storm", "sank", "storm", (5,), (3,)),
         ("H3: the ship <- storm", "the ship", "storm", None, (3,)),
-        ("L11: [7] <- [2:5]", "[7]", "[2:5]", (11,), None),
+        ("L11: [7] <- [2:5]", (7,), "[2:5]", (11,), None),
         ("sank<-storm", "sank", "storm", None, None),
-        ("* <- [0]", None, "[0]", None, None),
+        ("* <- [0]", None, (0,), None, None),
     ],
 )
 def test_an_arrow_names_an_edge(text, row, col, layers, heads):
@@ -38,7 +38,9 @@ def test_texts_become_the_tokens_they_name():
     first, second, third = plan.locate(TOKENS).items
     assert (first.row, first.col) == ((7, 8), (4, 5))
     assert (second.row, second.col) == ((9,), (7,))
-    assert (third.row, third.col) == ((-1,), "[2]")
+    assert (third.row, third.col) == ((-1,), (2,))
+    special = Do.cut("[CLS]", "[2:]").locate(TOKENS).items[0]
+    assert (special.row, special.col) == ((0,), "[2:]")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,7 @@ def test_json_there_and_back():
         ('{"items": []}', "at least one item"),
         ('{"version": 2, "items": [{"do": "causal"}]}', "must have version 1, got 2"),
         ('{"items": [{"do": "patch"}]}', 'an item must have "do" among hard, soft'),
+        ('{"items": [{"do": "causal"}], "layers": [3]}', 'a plan has "version" and "items", got \'layers\' too'),
         ('{"items": [3]}', 'an item must have "do" among hard, soft'),
         ('{"items": [{"do": "soft", "row": 1, "col": 0}]}', "is wrong: strength must be a number"),
         ('{"items": [{"do": "cut", "row": 1, "column": 0}]}', "is wrong: .*unexpected keyword argument 'column'"),
@@ -98,7 +101,11 @@ def test_a_plan_file_that_is_wrong_says_so(text, says):
         (lambda: Do.cut(True, 0), TypeError, "row must be a number or numbers, got True"),
         (lambda: Do.cut([], 0), ValueError, "row must hold at least one number"),
         (lambda: Do.cut(1, slice(0, 4, 2)), ValueError, "col must be a span of step 1, got step 2"),
-        (lambda: Do.cut(1, "[a:b]"), ValueError, "a span must read like"),
+        (lambda: Do.cut(1, "[-:3]"), ValueError, "a span must read like"),
+        (lambda: Do.cut(1, 0, layers=-1), ValueError, "layers must count from 0, got -1"),
+        (lambda: Do.cut(edges=(3, 1)), TypeError, r"edges must hold \(row, col\) pairs of numbers, got \(3, 1\)"),
+        (lambda: Do.key_edit("a <- b", [1.0]), ValueError, "col must name a token, got 'a <- b'"),
+        (lambda: Do.key_edit(1, [float("nan")]), ValueError, "delta must be finite, got NaN or inf"),
         (lambda: Do.cut(" ", 0), ValueError, "row must name a token, got ' '"),
         (lambda: Do.cut("a <- b", 0), ValueError, "col must be left out beside 'a <- b', got 0"),
         (lambda: Do.cut("a <- b <- c"), ValueError, "an edge must read like"),
@@ -127,7 +134,10 @@ def test_an_item_that_is_wrong_says_so(make, error, says):
         (Do.cut(-10, 0), r"row of cut\(-10, 0\) must be from -9 to 8, got -10"),
         (Do.cut(3, 12), r"col of cut\(3, 12\) must be from 0 to 8, got 12"),
         (Do.cut(3, 0, heads=2), r"heads of cut\(3, 0, heads=2\) must be from 0 to 1, got \[2\]"),
-        (Do.cut(3, 0, batch=-1), r"batch of .* must be from 0 to 1, got \[-1\]"),
+        (Do.cut(3, 0, batch=2), r"batch of .* must be from 0 to 1, got \[2\]"),
+        (Do.cut(3, 0, layers=5), r"a do on tensors has no layers, got cut\(3, 0, layers=5\)"),
+        (Do.key_edit(3, [1.0]), "the delta of a key_edit must hold 16 numbers, got 1"),
+        (Do.value_edit(3, [1.0] * 3), "the delta of a value_edit must hold 16 numbers, got 3"),
         (Do.cut(3, "[4:2]"), "must hold at least one token, got"),
         (Do.cut(3, 5), r"cut\(3, 5\) matched no edge: the mask forbids it"),
         (Do.cut(edges=[(3, 1), (3, 5)]), "the mask forbids 1 of its 2 edges"),
@@ -135,7 +145,7 @@ def test_an_item_that_is_wrong_says_so(make, error, says):
         (Do.hard(3, 1) + Do.hard(3, 2), "a row takes one hard do, got two on row 3"),
         (Do.hard(3, slice(0, 2)), "a row takes one hard do, got two on row 3"),
         (Do.cut(3, 1) + Do.hard(3, 1), "row 3 has a hard do onto key 1, which is cut"),
-        (Do.head_off(0) + Do.layer_off(None, value="mean"), "switched off to zero or to its mean, got both"),
+        (Do.head_off(0) + Do.head_off([0, 1], value="mean"), "switched off to zero or to its mean, got both"),
         (Do.cut("storm", 1), r"'storm' names a token, and tensors have none: use plan.locate\(tokens\) first"),
         (Do.patch(torch.zeros(1, 1, 9, 16)), r"source of a patch must have shape \[2 or 1, 2, 9, 16\], got \[1, 1, 9"),
         (Do.patch({3: torch.zeros(1, 2, 9, 16)}), "has no source for layer None, only for"),
@@ -165,7 +175,9 @@ def test_matrices_take_the_same_interventions():
     torch.testing.assert_close(ca.dense.do_soft(A, 2, 1, 3.0), logits.softmax(-1))
     logits[..., 2, 1] = -torch.inf
     torch.testing.assert_close(ca.dense.do_cut(A, 2, 1), logits.softmax(-1))
-    assert ca.dense.do_soft(A, 2, 1, 2000.0)[0, 0, 2].tolist() == [0, 1, 0, 0, 0, 0]
+    torch.testing.assert_close(ca.dense.do_soft(A, 2, 1, 2000.0)[0, 0, 2], torch.eye(6, dtype=torch.float64)[1])
+    # where the raised key has nothing, or all underflows, the row stays
+    assert torch.equal(ca.dense.do_soft(torch.eye(2), 0, 1, 2000.0), torch.eye(2))
     assert not ca.dense.do_cut(torch.eye(3), 1, 1)[1].any()
     A.requires_grad_()
     assert torch.autograd.gradcheck(lambda A: ca.dense.do_soft(A, 2, 1, -1.0), (A,))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._backend import accumulator
 from .._checks import Logits
-from ..interventions.edges import Surgery
+from ..interventions.edges import Surgery, check_edits
 from ..interventions.groups import Group, groups
 from ..interventions.receipt import Moved
 from ..interventions.scores import Pairs
@@ -24,7 +24,7 @@ from .forward import attend
 
 # the share from which on a row is formed again; up to it an error of o grows 1 / (1 − share) times
 HOT, HOT_16_BIT = 0.9, 0.5
-# entries of a dense ALiBi bias, where rows that have no common offset are attended again
+# numbers gathered at a time: k and v of listed keys, and ALiBi's bias of rows that are attended again
 WORKSPACE = 2**26
 
 
@@ -40,6 +40,7 @@ class Inputs(NamedTuple):
 
 def operate(surgeries: list[Surgery], inputs: Inputs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Moved]:
     """out and lse under the surgeries, differentiable, and how far the probabilities moved."""
+    check_edits(surgeries, inputs.k.shape[3], inputs.v.shape[3])
     total = Moved(*torch.zeros(3, dtype=torch.float64, device=lse.device))
     with torch.autocast(lse.device.type, enabled=False):
         for surgery in surgeries:
@@ -64,8 +65,10 @@ class _Heads:
 
     def operate(self) -> None:
         device = self.lse.device
+        width = len(self.surgery.pairs) * (self.inputs.k.shape[3] + self.inputs.v.shape[3])
         for group in groups(self.surgery, self.inputs.k.shape[2], device):
-            self._tilt(group)
+            for part in group.split(max(1, WORKSPACE // (width * max(1, group.keys.shape[1])))):
+                self._tilt(part)
         self._force(self.surgery.hard.row.to(device), self.surgery.hard.key.to(device))
         for key, delta in self.surgery.value_edits.items():
             self._shift_values(key, delta)
@@ -93,16 +96,16 @@ class _Heads:
         values = self.pairs.taken(self.inputs.v, group.keys, allowed)
 
         filled = lse.detach() > -torch.inf
-        p = torch.where(allowed, torch.exp(s - torch.where(filled, lse, 0)[..., None]), 0)
+        gap = torch.where(allowed, s - torch.where(filled, lse, 0)[..., None], -torch.inf)
+        p = torch.exp(gap)
         lost = (p * -torch.expm1(strength.clamp(max=0))).detach().sum(-1)
         # what a sink leaves to the keys is known to a rounding
         again = (lost > self.hot * self._held(lse) - 8 * torch.finfo(self.dtype).eps) & (lost > 0)
         again |= not group.listed
         if rows.is_cuda:
             again |= group.loses or bool(self.surgery.key_edits)
-        # e^{−top} on both sides of the quotient, so that no strength overflows
-        top = torch.cat([strength.detach(), torch.zeros_like(lse)[..., None]], -1).amax(-1)
-        w = p * _growth(strength, top[..., None])
+        # e^{−top} on both sides of the quotient, so that no strength overflows and no p that it raises is 0
+        w, top = _growth(gap, strength)
         whole = torch.where(again, 1, torch.exp(-top) + w.sum(-1))
         new_out = (out * torch.exp(-top)[..., None] + (w[..., None] * values).sum(-2)) / whole[..., None]
         new_lse = torch.where(filled, lse + (top + torch.log(whole)), lse)
@@ -196,7 +199,8 @@ class _Heads:
         self.lse = self.lse.index_copy(1, rows, torch.where(allowed, s, lse))
         self.forced = allowed
         with torch.no_grad():
-            gap = torch.where(allowed, before - s, 0)
+            plain = self.pairs.scores(rows, keys[:, None], {})[0][..., 0] if self.surgery.key_edits else s
+            gap = torch.where(allowed, before - plain, 0)
             self.mass[:, rows] = torch.where(allowed, -torch.expm1(-gap), self.mass[:, rows])
             self.kl[:, rows] = torch.where(allowed, gap, self.kl[:, rows])
 
@@ -225,10 +229,16 @@ class _Heads:
         self.out = self.out.index_copy(1, rows, taken.to(self.out))
 
 
-def _growth(strength: Tensor, top: Tensor) -> Tensor:
-    """e^{−top} (e^strength − 1), top at least 0 and at least strength."""
+def _growth(gap: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+    """e^{−top} p (e^strength − 1) with p = e^gap, and top: the largest of 0 and all gap + strength."""
     up, down = strength.where(strength > 0, 0), strength.where(strength <= 0, 0)
-    return torch.exp(up - top) * -torch.expm1(-up) + torch.exp(-top) * torch.expm1(down)
+    with_rest = [torch.cat([x.detach(), torch.zeros_like(x[..., :1])], -1) for x in (gap, up)]
+    place = sum(with_rest).argmax(-1, keepdim=True)
+    # the two parts of top apart, so that a large strength costs no digits of gap
+    gap_top, up_top = (x.gather(-1, place) for x in with_rest)
+    top = gap_top + up_top
+    w = torch.exp(gap - gap_top + (up - up_top)) * -torch.expm1(-up) + torch.exp(gap - top) * torch.expm1(down)
+    return w, top[..., 0]
 
 
 def _merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._backend import accumulator
 from .._checks import Logits
-from ..interventions.edges import Surgery
+from ..interventions.edges import Surgery, check_edits
 from ..interventions.groups import Group, groups
 from ..interventions.scores import Pairs
 from .forward import attend
@@ -15,6 +15,7 @@ def edited_rows(
     surgeries: list[Surgery], q: Tensor, k: Tensor, logits: Logits, rows: Tensor, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
     """A' of q's chosen rows, in any order and with repeats, and their lse: [B, H, R, S], [B, H, R]; differentiable."""
+    check_edits(surgeries, k.shape[3], None)
     shape = (*q.shape[:2], len(rows))
     gain = torch.zeros(*shape, k.shape[2], dtype=accumulator(q), device=q.device)
     key, allowed = torch.zeros(shape, dtype=torch.int64, device=q.device), torch.zeros_like(gain[..., 0]).bool()

@@ -85,7 +85,9 @@ def _tilted(A: Tensor, row: int, col: int, strength: float) -> Tensor:
     weights = x * factors
     kept = weights.sum(-1, keepdim=True)
     empty = kept == 0
-    return _with_row(A, row, weights * (x.sum(-1, keepdim=True) / kept.masked_fill(empty, 1)))
+    tilted = weights / kept.masked_fill(empty, 1) * x.sum(-1, keepdim=True)
+    # a finite strength empties no row: where all underflows, it had nothing to act against
+    return _with_row(A, row, tilted if strength == -math.inf else torch.where(empty, x, tilted))
 
 
 def _place(A: Tensor, row: int, col: int) -> tuple[int, int]:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _EDGE = re.compile(r"\s*(?:(?:L(?P<layer>\d+))?(?:H(?P<head>\d+))?\s*:)?(?P<row>.+?)<-(?P<col>.+)", re.DOTALL)
-_SPAN = re.compile(r"\[\s*(-?\d+)\s*\]|\[\s*(-?\d*)\s*:\s*(-?\d*)\s*\]")
+_SPAN = re.compile(r"\[\s*(-?\d+)\s*\]|\[\s*(-?\d+)?\s*:\s*(-?\d+)?\s*\]")
+_SPAN_LIKE = re.compile(r"\[[\s\d:-]*\]")
 _COUNTED = re.compile(r"(?P<text>.+)#(?P<number>[1-9]\d*)", re.DOTALL)
 
 
@@ -31,6 +32,11 @@ def parse_address(text: str) -> Address:
     return Address(*sides, *(None if match[name] is None else int(match[name]) for name in ("layer", "head")))
 
 
+def is_span(text: str) -> bool:
+    """Whether a text is meant as numbers, and not as the token "[CLS]"."""
+    return _SPAN_LIKE.fullmatch(text.strip()) is not None
+
+
 def parse_span(text: str) -> slice:
     """Read "[5]" or "[2:7]", either end of which may be left out or negative.
 
@@ -52,7 +58,7 @@ def locate(where: tuple[int, ...] | str | None, tokens: Sequence[str]) -> tuple[
     Raises:
         ValueError: the text occurs never, or more than once without "#number".
     """
-    if not isinstance(where, str) or where.startswith("["):
+    if not isinstance(where, str) or is_span(where):
         return where
     plain = [plain_token(token) for token in tokens]
     found = _runs(where, plain)

@@ -78,7 +78,8 @@ def do(
     The model must be one that `integrations.transformers.use` has switched over. Rows and columns count the real tokens
     of each sequence, whatever its padding; negative ones count from the end of the prompt. A row that a later step of
     generate reaches is intervened on there. The plan is in force in this thread alone, and ends with the `with`, also
-    on an error.
+    on an error. Padding must stand at either end; a prompt that is read in several chunks ends, for negative numbers,
+    with its first; and a model that recomputes its forward pass for a gradient must do so within the `with`.
 
     Args:
         plan: made by `Do`.
@@ -108,6 +109,8 @@ def do(
         raise TypeError(f"plan must be a causalattn Plan, such as Do.cut(7, 2), got {type(plan).__name__}")
     if not plan.items:
         raise ValueError("plan must hold at least one item, got none")
+    if isinstance(tokens, str):
+        raise TypeError("tokens must be a list of strings, one a token, got one string")
     plan = check_plan(plan if tokens is None else plan.locate(tokens)).within(layers=layers, heads=heads)
     if running.get() is not None:
         raise RuntimeError("a plan is in force already: join the two with +")

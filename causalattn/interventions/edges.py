@@ -85,8 +85,18 @@ def surgeries_of(do: Plan, q: Tensor, k: Tensor, intervals: Intervals) -> list[S
     check_plan(do)
     start, stop, _, offset = intervals
     B, H, T, _ = q.shape
+    if any(item.layers is not None for item in do.items):
+        raise ValueError(f"a do on tensors has no layers, got {do}")
     call = Call(B, H, T, k.shape[2], offset, start, stop, True)
     return resolve(do, call, [Frame(0, offset + T, k.shape[2])] * B)[0]
+
+
+def check_edits(surgeries: list[Surgery], D: int, V: int | None) -> None:
+    """Vectors added to k have D numbers and those added to v have V; without v, V is None."""
+    for name, count in (("key_edits", D), ("value_edits", V)):
+        for delta in (x for surgery in surgeries for x in getattr(surgery, name).values() if count is not None):
+            if len(delta) != count:
+                raise ValueError(f"the delta of a {name[:-1]} must hold {count} numbers, got {len(delta)}")
 
 
 def touched_rows(surgeries: list[Surgery], device: torch.device) -> Tensor:
@@ -114,8 +124,8 @@ def resolve(plan: Plan, call: Call, frames: Sequence[Frame], layer: int | None =
     found: list[list[Tensor]] = [[] for _ in plan.items]
     for (chosen, frame), some in sets.items():
         pairs = torch.tensor(some)
-        parts = {plan.items[n]: _entries(plan.items[n], call, frame) for n in chosen}
-        for n, (item, part) in zip(chosen, parts.items(), strict=True):
+        parts = [(plan.items[n], _entries(plan.items[n], call, frame)) for n in chosen]
+        for n, (item, part) in zip(chosen, parts, strict=True):
             found[n].append(_allowed(item, part, pairs, call))
         surgeries.append(_surgery(parts, pairs, call, frame, layer))
     if call.strict and not call.start.is_cuda:
@@ -139,21 +149,23 @@ def _check_scope(item: Item, call: Call) -> None:
 def _entries(item: Item, call: Call, frame: Frame) -> Runs:
     """The rows an item touches and the keys it touches there, before the mask has its say."""
     if item.edges is not None:
-        rows = _numbers("row", tuple(row for row, _ in item.edges), frame.rows, item)
-        cols = _numbers("col", tuple(col for _, col in item.edges), frame.keys, item)
+        # one by one, for a number named twice is one number but an edge is both of its numbers
+        sides = zip(*item.edges, strict=True), (("row", frame.rows), ("col", frame.keys))
+        named = [[_numbers(name, (i,), count, item)[0] for i in x] for x, (name, count) in zip(*sides, strict=True)]
+        rows, cols = zip(*dict.fromkeys(zip(*named, strict=True)), strict=True)
         row, low = (torch.tensor(x, dtype=torch.int64) + frame.origin for x in (rows, cols))
         return _within(row - call.offset, low, low + 1, item, call, frame)
-    row = _positions("row", item.row, frame.rows, call.T + call.offset - frame.origin, item)
+    row = _positions("row", item.row, frame.rows, call.T + call.offset - frame.origin, item, call.strict)
     row = torch.arange(call.T) if row is None else row + (frame.origin - call.offset)
     if item.do == "causal":
         return Runs(row, (row + call.offset + 1).clamp(0, call.S), torch.full_like(row, call.S))
-    key = _positions("col", item.col, frame.keys, call.S - frame.origin, item)
+    key = _positions("col", item.col, frame.keys, call.S - frame.origin, item, call.strict)
     if key is None:
         return _within(row, torch.zeros_like(row), torch.full_like(row, call.S), item, call, frame)
     key = key.sort().values + frame.origin
     if item.do == "cut":
         # neighbours as one run
-        first = torch.cat([key.new_ones(1, dtype=torch.bool), key.diff() > 1]).nonzero()[:, 0]
+        first = torch.cat([torch.ones_like(key[:1], dtype=torch.bool), key.diff() > 1]).nonzero()[:, 0]
         low = key[first]
         high = torch.cat([key[first[1:] - 1], key[-1:]]) + 1
     else:
@@ -162,7 +174,7 @@ def _entries(item: Item, call: Call, frame: Frame) -> Runs:
     return _within(row, low, high, item, call, frame)
 
 
-def _positions(name: str, where, count: int, present: int, item: Item) -> Tensor | None:
+def _positions(name: str, where, count: int, present: int, item: Item, strict: bool) -> Tensor | None:
     """Token numbers, or None for all; an open end of a span reaches what is present."""
     if where is None:
         return None
@@ -172,9 +184,9 @@ def _positions(name: str, where, count: int, present: int, item: Item) -> Tensor
             end if x is None else _numbers(name, (x,), count, item, end=True)[0]
             for x, end in ((span.start, 0), (span.stop, present))
         )
-        if stop <= start:
+        if stop <= start and (strict or span.stop is not None):
             raise ValueError(f"{name} of {item} must hold at least one token, got {where} of {count}")
-        return torch.arange(start, stop)
+        return torch.arange(start, max(start, stop))
     return torch.tensor(_numbers(name, where, count, item), dtype=torch.int64)
 
 
@@ -182,7 +194,7 @@ def _numbers(name: str, numbers: tuple[int, ...], count: int, item: Item, end: b
     counted = [i + count if i < 0 else i for i in numbers]
     if any(i < 0 for i in counted):
         raise ValueError(f"{name} of {item} must be from {-count} to {count - 1 + end}, got {min(numbers)}")
-    return counted
+    return list(dict.fromkeys(counted))
 
 
 def _within(row: Tensor, low: Tensor, high: Tensor, item: Item, call: Call, frame: Frame) -> Runs:
@@ -199,7 +211,7 @@ def _within(row: Tensor, low: Tensor, high: Tensor, item: Item, call: Call, fram
 def _allowed(item: Item, entries: Runs, pairs: Tensor, call: Call) -> Tensor:
     """How many keys of each entry the mask allows each pair, [P, entries]; of what is no edge, one a pair."""
     if item.do in ("head_off", "patch"):
-        return torch.ones(len(pairs), 1, dtype=torch.int64)
+        return torch.ones(len(pairs), min(1, len(entries.row)), dtype=torch.int64)
     start, stop = (call.of_pairs(bound, pairs, entries.row) for bound in (call.start, call.stop))
     low, high = (x.to(start.device) for x in entries[1:])
     return (torch.minimum(high, stop) - torch.maximum(low, start)).clamp_(min=0)
@@ -207,6 +219,8 @@ def _allowed(item: Item, entries: Runs, pairs: Tensor, call: Call) -> Tensor:
 
 def _check_allowed(item: Item, allowed: list[Tensor], call: Call) -> None:
     """An item must have an edge somewhere; those named one by one, and every row of a hard do, some sequence's each."""
+    if not allowed:
+        return
     each = torch.cat(allowed).amax(0)
     if not each.any():
         raise ValueError(f"{item} matched no edge: the mask forbids it")
@@ -214,9 +228,9 @@ def _check_allowed(item: Item, allowed: list[Tensor], call: Call) -> None:
         raise ValueError(f"{item}: the mask forbids {int((each == 0).sum())} of its {len(each)} edges")
 
 
-def _surgery(parts: dict[Item, Runs], pairs: Tensor, call: Call, frame: Frame, layer: int | None) -> Surgery:
+def _surgery(parts: list[tuple[Item, Runs]], pairs: Tensor, call: Call, frame: Frame, layer: int | None) -> Surgery:
     def of(*kinds: str) -> list[tuple[Item, Runs]]:
-        return [(item, entries) for item, entries in parts.items() if item.do in kinds]
+        return [(item, entries) for item, entries in parts if item.do in kinds]
 
     cuts = _merged([entries for _, entries in of("cut", "causal")], call.S)
     softs = _summed([(e, item.strength or 0.0) for item, e in of("soft", "key_edit")], call.S)
@@ -232,7 +246,7 @@ def _surgery(parts: dict[Item, Runs], pairs: Tensor, call: Call, frame: Frame, l
             f"row {row + call.offset - frame.origin} has a hard do onto key {key - frame.origin}, which is cut"
         )
     edits = {kind: _edits([(e, item.delta) for item, e in of(kind)]) for kind in ("key_edit", "value_edit")}
-    patches = [(e.row.unique(), _source(item, layer)) for item, e in of("patch")]
+    patches = [(e.row.unique(), _source(item, layer)) for item, e in of("patch") if len(e.row)]
     off = [item.value for item, _ in of("head_off")]
     if len(set(off)) > 1:
         raise ValueError("a head is switched off to zero or to its mean, got both")

@@ -27,6 +27,11 @@ class Group(NamedTuple):
     listed: bool
     loses: bool
 
+    def split(self, size: int) -> "list[Group]":
+        """The same rows, at most size of them at a time."""
+        parts = zip(*(x.split(size) for x in self[:5]), strict=True)
+        return [Group(*part, self.listed, self.loses) for part in parts]
+
 
 def groups(surgery: Surgery, S: int, device: torch.device) -> list[Group]:
     """Every row of the surgery's cuts and softs in one group."""

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .address import locate, parse_address, parse_span
+from .address import is_span, locate, parse_address, parse_span
 
 Where = int | Sequence[int] | slice | str | None
 VERSION = 1
@@ -116,6 +116,8 @@ class Plan:
             raise ValueError(f"a plan must be JSON, got {error.msg} at line {error.lineno}") from error
         if not isinstance(read, dict) or not isinstance(read.get("items"), list) or not read["items"]:
             raise ValueError('a plan must be an object with a list "items" of at least one item')
+        if extra := sorted(read.keys() - {"version", "items"}):
+            raise ValueError(f'a plan has "version" and "items", got {extra[0]!r} too')
         if read.get("version", VERSION) != VERSION:
             raise ValueError(f"a plan must have version {VERSION}, got {read['version']!r}")
         return sum((_read(item) for item in read["items"]), Plan())
@@ -125,7 +127,8 @@ class Do:
     """Makes plans of one item; row is a query and col a key, by token number, text or "[2:7]", None for all of them.
 
     Every method takes `heads`, `layers` and `batch` (numbers, one or several; all by default). In place of row and col
-    stands one text such as "L5H3: sank <- storm". Negative numbers count from the end.
+    stands one text such as "L5H3: sank <- storm". Negative numbers count from the end, in generate from the end of the
+    prompt; an open span such as slice(5, None) reaches generated tokens too.
 
     Raises:
         ValueError: an address that cannot be read, a strength that is not finite.
@@ -164,16 +167,19 @@ class Do:
     @staticmethod
     def key_edit(col: Where, delta: Tensor | Sequence[float], *, heads=None, layers=None, batch=None) -> Plan:
         """k_j becomes k_j + delta, [D], for every row: a soft do of strength scale·q_i·delta on all of column j."""
-        return _plan("key_edit", heads, layers, batch, col=_where("col", col), delta=_vector(delta))
+        return _plan("key_edit", heads, layers, batch, col=_column(col), delta=_vector(delta))
 
     @staticmethod
     def value_edit(col: Where, delta: Tensor | Sequence[float], *, heads=None, layers=None, batch=None) -> Plan:
         """v_j becomes v_j + delta, [V], for every row: o_i + A_ij delta."""
-        return _plan("value_edit", heads, layers, batch, col=_where("col", col), delta=_vector(delta))
+        return _plan("value_edit", heads, layers, batch, col=_column(col), delta=_vector(delta))
 
     @staticmethod
     def head_off(heads: int | Sequence[int], *, value: str = "zero", layers=None, batch=None) -> Plan:
-        """The heads' own outputs, before the output projection, become 0 or their mean over the rows ("mean")."""
+        """The heads' own outputs, before the output projection, become 0 or, "mean", their mean over the call's rows.
+
+        A step of generate has one row, which is its mean.
+        """
         if heads is None:
             raise TypeError("heads must be a number or numbers, got None: Do.layer_off takes all of a layer")
         return _plan("head_off", heads, layers, batch, value=_ablation(value))
@@ -213,7 +219,14 @@ def _edge_plan(kind: str, row: Where, col: Where, edges, heads, layers, batch, s
 
 def _plan(kind: str, heads, layers, batch, **arguments) -> Plan:
     scope = {name: _numbers(name, x) for name, x in (("heads", heads), ("layers", layers), ("batch", batch))}
+    for name, numbers in scope.items():
+        if numbers is not None and min(numbers) < 0:
+            raise ValueError(f"{name} must count from 0, got {min(numbers)}")
     return Plan((Item(kind, **arguments, **scope),))
+
+
+def _column(x: Where) -> tuple[int, ...] | str:
+    return "[:]" if x is None else _where("col", x)
 
 
 def _where(name: str, x: Where) -> tuple[int, ...] | str | None:
@@ -222,9 +235,11 @@ def _where(name: str, x: Where) -> tuple[int, ...] | str | None:
             raise ValueError(f"{name} must be a span of step 1, got step {x.step}")
         x = f"[{'' if x.start is None else x.start}:{'' if x.stop is None else x.stop}]"
     if isinstance(x, str):
-        if x.startswith("["):
-            parse_span(x)
-        elif not x.strip():
+        if is_span(x):
+            span = parse_span(x)
+            # one number is no span: −1 is the prompt's last token, and not what follows it too
+            return _numbers(name, span.start) if ":" not in x else x
+        if not x.strip() or "<-" in x:
             raise ValueError(f"{name} must name a token, got {x!r}")
         return x
     return _numbers(name, x)
@@ -243,7 +258,11 @@ def _numbers(name: str, x) -> tuple[int, ...] | None:
 
 
 def _pairs(edges) -> tuple[tuple[int, int], ...]:
-    pairs = [tuple(pair) for pair in (edges.tolist() if isinstance(edges, Tensor) else edges)]
+    listed = edges.tolist() if isinstance(edges, Tensor) else edges
+    listed = list(listed) if isinstance(listed, Iterable) else [listed]
+    if not all(isinstance(pair, Iterable) for pair in listed):
+        raise TypeError(f"edges must hold (row, col) pairs of numbers, got {edges!r}")
+    pairs = [tuple(pair) for pair in listed]
     if not pairs:
         raise ValueError("edges must hold at least one (row, col), got none")
     for pair in pairs:
@@ -254,11 +273,13 @@ def _pairs(edges) -> tuple[tuple[int, int], ...]:
 
 def _vector(delta: Tensor | Sequence[float]) -> Tensor:
     try:
-        delta = torch.as_tensor(delta)
+        delta = delta if isinstance(delta, Tensor) else torch.as_tensor(delta, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"delta must be a vector of numbers, got {type(delta).__name__}") from None
     if delta.ndim != 1 or delta.dtype == torch.bool or delta.is_complex():
         raise ValueError(f"delta must be a vector of numbers, got shape {list(delta.shape)}")
+    if not delta.is_cuda and not delta.isfinite().all():
+        raise ValueError("delta must be finite, got NaN or inf")
     return delta if delta.is_floating_point() else delta.double()
 
 
@@ -297,6 +318,7 @@ def _read(item) -> Plan:
     make = getattr(Do, item["do"])
     if item["do"] == "head_off" and "heads" not in arguments:
         make = Do.layer_off
+        arguments.setdefault("layers", None)
     try:
         return make(**arguments)
     except TypeError as error:
@@ -308,6 +330,6 @@ def check_plan(do: Plan) -> Plan:
     if not isinstance(do, Plan):
         raise TypeError(f"do must be a causalattn Plan, such as Do.cut(7, 2), got {type(do).__name__}")
     texts = (x for x in chain.from_iterable((item.row, item.col) for item in do.items) if isinstance(x, str))
-    if unknown := [x for x in texts if not x.startswith("[")]:
+    if unknown := [x for x in texts if not is_span(x)]:
         raise ValueError(f"{unknown[0]!r} names a token, and tensors have none: use plan.locate(tokens) first")
     return do
