@@ -100,7 +100,8 @@ class _Heads:
         p = torch.exp(gap)
         lost = (p * -torch.expm1(strength.clamp(max=0))).detach().sum(-1)
         # what a sink leaves to the keys is known to a rounding
-        again = (lost > self.hot * self._held(lse) - 8 * torch.finfo(self.dtype).eps) & (lost > 0)
+        again = lost > self.hot * self._held(lse) - 8 * torch.finfo(self.dtype).eps
+        again &= (strength.detach() < 0).any(-1)
         again |= not group.listed
         if rows.is_cuda:
             again |= group.loses or bool(self.surgery.key_edits)
@@ -232,7 +233,7 @@ class _Heads:
 def _growth(gap: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     """e^{−top} p (e^strength − 1) with p = e^gap, and top: the largest of 0 and all gap + strength."""
     up, down = strength.where(strength > 0, 0), strength.where(strength <= 0, 0)
-    with_rest = [torch.cat([x.detach(), torch.zeros_like(x[..., :1])], -1) for x in (gap, up)]
+    with_rest = [torch.cat([x.detach(), x.new_zeros(*x.shape[:-1], 1)], -1) for x in (gap, up)]
     place = sum(with_rest).argmax(-1, keepdim=True)
     # the two parts of top apart, so that a large strength costs no digits of gap
     gap_top, up_top = (x.gather(-1, place) for x in with_rest)
