@@ -53,19 +53,25 @@ def shared_arguments(
     slopes: torch.Tensor | None,
     left: torch.Tensor | None,
     signed: bool,
+    tight: Tiles | None = None,
 ) -> tuple[tuple[int, ...], dict[str, object]]:
-    """The strides and the sizes that every kernel of effects takes."""
+    """The strides and the sizes that every kernel of effects takes; tight: Hopper's tiles where registers are few."""
     D, V = q.shape[3], q.shape[3] if v is None else v.shape[3]
     strides = (
         *score_strides(q, k, start, bias, slopes), *((0, 0, 0, 0) if v is None else v.stride()),
         *((0, 0, 0, 0) if left is None else left.stride()), q.shape[:3].numel(),
     )
     arch = architecture(q)
+    tiles = launch(q.element_size(), arch)
+    # chunks of o in three parts each leave too few beside a bias, with Triton 3.6 above all
+    split = left is not None and left.dtype != q.dtype and max(D, V) > tiles.CHUNK
+    if arch == 90 and tight and split and bias is not None:
+        tiles = tight
     # left to itself ptxas spills a few registers where more programs would then fit
     limit = {} if arch == 0 else {"maxnreg": 255}
     return strides, {
         "D": D, "V": V, "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_V": max(16, triton.next_power_of_2(V)),
-        "SIGNED": signed, **launch(q.element_size(), arch)._asdict(), **limit, "enable_fp_fusion": True,
+        "SIGNED": signed, **tiles._asdict(), **limit, "enable_fp_fusion": True,
     }
 
 

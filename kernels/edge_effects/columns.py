@@ -18,7 +18,9 @@ from .._primitives import (
     row_tiles,
     slope,
 )
-from ._tiles import EDIT, effects_of, load_terms, products_of, pull_of, shared_arguments
+from ._tiles import EDIT, Tiles, effects_of, load_terms, products_of, pull_of, shared_arguments
+
+TIGHT = Tiles(64, 32, 32, 8, 1)
 
 
 @triton.jit(do_not_specialize=[*EDIT, "T", "S", "offset", "scale", "softcap"])
@@ -95,7 +97,7 @@ def edge_columns_fwd(
     column = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     if column.numel() == 0 or T == 0:
         return column.zero_()
-    strides, sizes = shared_arguments(q, k, v, start, bias, slopes, left, signed)
+    strides, sizes = shared_arguments(q, k, v, start, bias, slopes, left, signed, TIGHT)
     # keys come first here
     sizes |= {"BLOCK_M": sizes["BLOCK_N"], "BLOCK_N": sizes["BLOCK_M"]}
     bounds = block_bounds(start, stop, sizes["BLOCK_M"])

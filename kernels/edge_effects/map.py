@@ -19,7 +19,9 @@ from .._primitives import (
     reached_cells,
     slope,
 )
-from ._tiles import EDIT, effects_of, load_terms, products_of, pull_of, shared_arguments
+from ._tiles import EDIT, Tiles, effects_of, load_terms, products_of, pull_of, shared_arguments
+
+TIGHT = Tiles(64, 16, 16, 4, 2)
 
 
 @triton.jit(do_not_specialize=[*EDIT, "T", "S", "R", "C", "offset", "scale", "softcap"])
@@ -104,7 +106,7 @@ def edge_map_fwd(
     total = torch.zeros(B, H, R, C, dtype=torch.float64, device=q.device)
     if total.numel() == 0:
         return total
-    strides, sizes = shared_arguments(q, k, v, start, bias, slopes, left, signed)
+    strides, sizes = shared_arguments(q, k, v, start, bias, slopes, left, signed, TIGHT if softcap else None)
     edges = (torch.arange(m + 1, device=q.device) * count // m for m, count in ((R, T), (C, S)))
     height = min(sizes["BLOCK_M"], triton.next_power_of_2(triton.cdiv(T, R)))
     width = min(sizes["BLOCK_N"], triton.next_power_of_2(triton.cdiv(S, C)))
