@@ -37,13 +37,13 @@ from .._primitives import (
 )
 
 
-def launch(D: int, itemsize: int, arch: int, shaped: bool, probs: bool) -> Launch:
+def launch(D: int, itemsize: int, arch: int, shaped: bool, probs: bool, ceiling: bool) -> Launch:
     """Tiles by the larger of D and V and by dtype, wider where scores are plain; arch is `architecture`'s."""
     if arch == 0:
         return Launch(32, 32, 4, 1) if itemsize == 4 and D > 64 else Launch(64, 32, 4, 1)
     if itemsize == 4:
         if D > 128:
-            return Launch(16, 16, 4, 1)
+            return Launch(16, 16, 8 if shaped and ceiling else 4, 1)
         return Launch(32, 16, 8, 1 if probs else 2) if shaped and D > 64 else Launch(32, 16, 4, 1)
     lean = not shaped and not probs
     if D > 128:
@@ -188,7 +188,7 @@ def attention_fwd(
         return out, lse, pivot, largest, probs
     shaped = bias is not None or slopes is not None or softcap > 0
     arch = architecture(q)
-    tiles = launch(max(D, V), wide.element_size(), arch, shaped, probs_dtype is not None)
+    tiles = launch(max(D, V), wide.element_size(), arch, shaped, probs_dtype is not None, ceiling is not None)
     # left to itself ptxas spills a few registers where another program would then fit
     limit = {"maxnreg": 255} if ceiling is not None and arch == 90 and max(D, V) == 128 and not shaped else {}
     _attention_fwd_kernel[(triton.cdiv(T, tiles.BLOCK_M) * B * H,)](
