@@ -67,7 +67,7 @@ def check(backend, q, k, v, options, seed=0, through=(True, True, True)):
                 continue
             allowed += walk / largest
         terms = 1.0
-        if name in "qk" and options["normalize"]:
+        if name in "qk" and options.get("normalize", True):
             # as much as of one token, whose output is its value: there is no scale but what cancels
             cancelled = what_a_normaliser_cancels(q, k, v, options, seed)[name]
             terms = cancelled / largest if 0 < largest < 1e-6 * cancelled else 1.0
