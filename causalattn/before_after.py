@@ -13,6 +13,7 @@ from .attention import attention_rows
 from .integrations.transformers.attention import AttentionCall, layer_numbers
 from .integrations.transformers.families import self_attention, using
 from .interventions import Plan, do
+from .interventions.address import parse_span
 from .interventions.receipt import Moved
 
 WINDOW = 128
@@ -132,11 +133,15 @@ def _acting(plan: Plan, layer: int) -> Plan | None:
 
 
 def _rows(plan: Plan, layer: int, T: int) -> list[int]:
-    """The single rows that a plan names in a layer, in order."""
+    """The rows that a plan names in a layer, in order; none where it takes all of them."""
     acting = _acting(plan, layer)
-    named = [row for item in (acting.items if acting else ()) for row in (item.row or ()) if not isinstance(row, str)]
-    named += [row for item in (acting.items if acting else ()) for row, _ in item.edges or ()]
-    return sorted({row % T for row in named})
+    rows: set[int] = set()
+    for item in acting.items if acting else ():
+        if isinstance(item.row, str):
+            rows |= set(range(T)[parse_span(item.row)])
+        else:
+            rows |= {row % T for row in (*(item.row or ()), *(row for row, _ in item.edges or ()))}
+    return sorted(rows)
 
 
 def _window(row: int, T: int) -> range:

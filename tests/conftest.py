@@ -28,7 +28,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     settings.load_profile("full" if config.getoption("--full") else "default")
-    interpreter.search_builtins_once()
+    if interpreter.interpreter is not None:
+        interpreter.search_builtins_once()
     # the interpreter's objects are many and form no cycles
     gc.set_threshold(100_000)
 

@@ -1,8 +1,11 @@
-"""What makes Triton's interpreter twice as fast in tests, without a change of what it computes."""
+"""What lets Triton's interpreter run the tests in a third of the time, without a change of what it computes."""
 
 import functools
 
-from triton.runtime import interpreter
+try:
+    from triton.runtime import interpreter
+except ImportError:  # the torch path is tested without Triton too
+    interpreter = None
 
 
 def call_with_room(test, **kwargs):

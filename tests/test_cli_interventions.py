@@ -71,6 +71,8 @@ def test_a_plan_file_is_shown_with_its_difference(loaded, bert, tmp_path, capsys
     result = compare_plans(*loaded, [Do.cut("sank", "storm")], SENTENCE.split(), layer=0)
     titles = [ax.get_title() for ax in draw_before_after(result).figure.axes if ax.get_title()]
     assert titles == ["original", "cut('sank', 'storm')", "difference"] and result.under[0].edges == 4
+    spans = Do.cut(slice(-3, -1), 0, layers=1) + Do.cut(edges=[(2, 1)], layers=1) + Do.cut(None, 4, layers=1)
+    assert compare_plans(*loaded, [spans], SENTENCE.split()).under[0].rows == [2, 7, 8]
 
 
 def test_a_sweep_is_that_of_the_readout(loaded, bert, capsys):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._backend import Backend, accumulator
-from .._checks import check_qk, check_v, resolve_logits, resolve_mask, same
+from .._checks import Logits, check_qk, check_v, resolve_logits, resolve_mask, same
 from ..attention.forward import attend
 from ..attention.topk import TopK
 from ..masks import Intervals, Mask
@@ -114,7 +114,22 @@ def edge_effects(
     inputs = (q, k, v, readout, bias, sink)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         raise NotImplementedError("edge_effects has no gradient: pass q.detach(), k.detach() and v.detach()")
+    return _effects(q, k, v, logits, readout, strength, measure, want, n, cells, backend)
 
+
+def _effects(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: Logits,
+    readout: Tensor | None,
+    strength: float,
+    measure: str,
+    want: list[str],
+    n: int,
+    cells: int,
+    backend: Backend,
+) -> EdgeEffects:
     # o less v cancels, so it is kept in float32
     wide = None if measure == "kl" else v.to(accumulator(v))
     out, _, pivot, largest, _ = attend(q, k, wide, *logits, None, backend)

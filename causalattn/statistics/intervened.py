@@ -43,9 +43,8 @@ def measure_under(
 
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     step = max(1, WORKSPACE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
-    names = list(needed)
     received = stats["received"].double() if per_key else None
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    parts: dict[str, list[Tensor]] = {name: [] for name in needed}
     for some in rows.split(step):
         # only sums are kept for a gradient: the probabilities are formed again
         values = checkpoint(touched, q, k, logits.bias, logits.sink, some, use_reentrant=False)
