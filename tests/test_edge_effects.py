@@ -13,6 +13,7 @@ from helpers import (
     PATHS,
     SEEDS,
     SQUARE_MASKS,
+    Extras,
     Shape,
     assert_within_reference_error,
     grown_memory,
@@ -23,7 +24,7 @@ from helpers import (
     score_roundings,
     to_numpy,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from causalattn import attention, causal, edge_effects, full, padding, sliding_window
@@ -62,8 +63,9 @@ def plain(q, k, v, seen, kind, strength, measure, readout, sink=None, **logits):
         changed[..., j] = {"cut": -torch.inf, "hard": 0.0}[kind] if kind != "soft" else x[..., j] + strength
         after = changed.log_softmax(-1).nan_to_num(-torch.inf)
         if measure == "kl":
-            effect = (after.exp() * (after - before)).nan_to_num(0).sum(-1)
-            effect = effect.masked_fill(after.isneginf().all(-1), torch.inf)
+            change = (after - before).nan_to_num(0, neginf=0)
+            terms = torch.where(after.isneginf(), before.exp(), after.exp() * change - before.exp() * change.expm1())
+            effect = terms.sum(-1).masked_fill(after.isneginf().all(-1), torch.inf)
         else:
             moved = after.exp()[..., :S] @ v - out
             effect = moved.norm(dim=-1) if measure == "norm" else (readout.to(wide) * moved).sum(-1)
@@ -120,6 +122,8 @@ def test_matches_float64(backend, kind, measure, case, name, data):
 
 @pytest.mark.parametrize("backend", PATHS)
 @given(case=cases(), kind=st.sampled_from(sorted(KINDS)), measure=st.sampled_from(MEASURES), extras=EXTRAS)
+# beside such a sink p is far below the rounding of 1
+@example((Shape(1, 1, 1, 1, 1, 16), 16, 0), "soft", "kl", Extras(None, None, 40.0, None))
 def test_bias_slopes_softcap_and_sink(backend, case, kind, measure, extras):
     shape, V, seed = case
     q, k, v = make_qkv(*shape, V, seed=seed, scale=2.0)

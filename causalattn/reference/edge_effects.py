@@ -56,10 +56,16 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def divergence(after: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Σ p' (log p' − log p) over the last axis, ∞ where nothing is left of the row."""
-    p = np.exp(after)
-    change = np.where(p > 0, after, 0.0) - np.where(p > 0, before, 0.0)
-    return np.where(p.sum(-1) > 0, (p * change).sum(-1), np.inf)
+    """Σ p' (log p' − log p) over the last axis, ∞ where nothing is left of the row.
+
+    Summed as Σ p'·log(p'/p) − p' + p, whose terms are ≥ 0: a change far below the rounding of 1 is not lost.
+    """
+    new, old = np.exp(after), np.exp(before)
+    both = np.isfinite(after) & np.isfinite(before)
+    change = np.where(both, after, 0.0) - np.where(both, before, 0.0)
+    gained = np.where(change > 1, new - old, old * np.expm1(np.minimum(change, 1.0)))
+    terms = np.where(both, new * change - gained, old)
+    return np.where(new.sum(-1) > 0, terms.sum(-1), np.inf)
 
 
 def reduced(effects: np.ndarray, allowed: np.ndarray, n: int, cells: int) -> dict[str, np.ndarray]:
