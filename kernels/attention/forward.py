@@ -64,7 +64,7 @@ def _write_probs(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):
     """A of rows offs_m, each entry written once, 0 where no row of the tile may attend."""
-    edges = (0,) + key_tiles(start, stop, offs_m < T, BLOCK_N, PARTS) + (S,)  # noqa: RUF005  (Triton has no unpacking)
+    edges = (0,) + key_tiles(start, stop, offs_m < T, BLOCK_N, PARTS) + (S,)
     for part in tl.static_range(PARTS + 2):
         for n in range(edges[part], edges[part + 1], BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)

@@ -3,7 +3,6 @@
 Tiles are [BLOCK_N, BLOCK_E]. A token past T loads as zeros: a step of length 0, which changes no state.
 """
 
-# ruff: noqa: RUF005  (Triton has no unpacking)
 
 from typing import NamedTuple
 

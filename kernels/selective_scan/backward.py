@@ -18,7 +18,6 @@ an H200 moves in 17 ps, against 13 ps of exponentials; the instructions issued t
 zoh with a gate, a quarter of them the sums across lanes, so it is they that bound it.
 """
 
-# ruff: noqa: RUF005  (Triton has no unpacking)
 
 import torch
 import triton

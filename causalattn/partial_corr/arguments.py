@@ -1,0 +1,185 @@
+"""What a correlation matrix, a test and a level must be."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# float64 products of rounded rows miss symmetry and the unit diagonal by a few roundings each
+SLACK = 64
+MOST = 16
+
+Indices = Tensor | Sequence | int
+
+
+def check_correlation(R: Tensor) -> Tensor:
+    """R as [G, T, T], contiguous, and the same on both sides of its diagonal."""
+    if not isinstance(R, Tensor):
+        raise TypeError(f"R must be a torch.Tensor, got {type(R).__name__}")
+    if R.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"R must be float32 or float64, got {_name(R.dtype)}")
+    if R.ndim < 2 or R.shape[-1] != R.shape[-2]:
+        raise ValueError(f"R must be square, [..., T, T], got {list(R.shape)}")
+    R = R.detach()
+    if not R.is_cuda and R.numel() > 0:
+        _check_values(R)
+    flat = R.reshape(-1, *R.shape[-2:])
+    return ((flat + flat.mT) / 2).contiguous()
+
+
+def _check_values(R: Tensor) -> None:
+    if R.isnan().any():
+        raise ValueError(f"R must hold no NaN, got {int(R.isnan().sum())} of them")
+    slack = SLACK * torch.finfo(R.dtype).eps
+    apart = float((R - R.mT).abs().max())
+    if not apart <= slack:
+        raise ValueError(f"R must be symmetric, got entries that differ by {apart:.3g} from their mirror's")
+    diagonal = R.diagonal(dim1=-2, dim2=-1).flatten()
+    off = (diagonal - 1).abs()
+    if not float(off.max()) <= slack:
+        raise ValueError(f"R must have 1 on its diagonal, got {float(diagonal[off.argmax()])}")
+    largest = float(R.abs().max())
+    if largest > 1 + slack:
+        raise ValueError(f"R must lie in −1…1, got {largest:.6g}")
+
+
+def check_tests(R: Tensor, i: Indices, j: Indices, given: Indices | None) -> tuple[Tensor, torch.Size]:
+    """members [G or 1, N, M + 2] of R's tests, each its set and then i and j, and the shape that results have."""
+    i, j = (_integers(name, x, R.device) for name, x in (("i", i), ("j", j)))
+    given = torch.empty(0, dtype=torch.int64, device=R.device) if given is None else _integers("given", given, R.device)
+    if given.ndim == 0:
+        raise ValueError("given must be [N, m], the set of each test, got a number")
+    try:
+        shape = torch.broadcast_shapes(i.shape, j.shape, given.shape[:-1])
+    except RuntimeError:
+        shapes = ", ".join(str(list(x.shape)) for x in (i, j, given))
+        raise ValueError(f"i [N], j [N] and given [N, m] must have one N, got {shapes}") from None
+    _check_width(given)
+    lead = R.shape[:-2]
+    if len(shape) > 1 and shape[:-1] != lead:
+        raise ValueError(f"i, j and given must have R's leading axes {list(lead)} or none, got {list(shape[:-1])}")
+    members = torch.cat([given.expand(*shape, -1), i.expand(shape)[..., None], j.expand(shape)[..., None]], -1)
+    members = members.reshape(-1 if len(shape) > 1 else 1, shape[-1] if shape else 1, members.shape[-1]).contiguous()
+    if not R.is_cuda:
+        _check_members(members, R.shape[-1])
+    return members, shape if len(shape) > 1 else lead + shape
+
+
+def _check_members(members: Tensor, T: int) -> None:
+    given, pair = members[..., :-2], members[..., -2:]
+    _check_tokens("i and j", pair, 0, T)
+    _check_tokens("given", given, -1, T)
+    if (pair[..., 0] == pair[..., 1]).any():
+        raise ValueError("i and j must be two tokens, got a test of one with itself")
+    check_sets(given)
+    if (given[..., None] == pair[..., None, :]).any():
+        raise ValueError("given must hold neither i nor j, got a test whose set holds one of them")
+
+
+def check_sets(given: Tensor) -> None:
+    """Refuse a set [..., m] with a token twice; −1 may stand in it many times."""
+    ordered = given.sort(-1).values
+    if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
+        raise ValueError("given must hold a token once, got a set that repeats one")
+
+
+def check_rows(rows: Tensor | None, R: Tensor) -> Tensor | None:
+    """rows as [G, T, S]."""
+    if rows is None:
+        return None
+    if not isinstance(rows, Tensor) or not rows.is_floating_point():
+        raise TypeError(f"rows must be a floating point tensor, got {_kind(rows)}")
+    if rows.ndim != R.ndim or rows.shape[:-1] != R.shape[:-1]:
+        raise ValueError(f"rows must have shape {[*R.shape[:-1], 'S']}, got {list(rows.shape)}")
+    if rows.device != R.device:
+        raise ValueError(f"rows must be on R's device {R.device}, got {rows.device}")
+    return rows.detach().reshape(-1, *rows.shape[-2:])
+
+
+def check_given(R: Tensor, given: Indices) -> tuple[Tensor, torch.Size]:
+    """given as [G or 1, M, m], and the leading axes that results have."""
+    given = _integers("given", given, R.device)
+    lead = R.shape[:-2]
+    if given.ndim == 0 or (given.ndim > 2 and given.shape[:-2] != lead):
+        raise ValueError(f"given must be [m], [M, m] or {[*lead, 'M', 'm']}, got {list(given.shape)}")
+    _check_width(given)
+    if not R.is_cuda:
+        _check_tokens("given", given, -1, R.shape[-1])
+        check_sets(given)
+    sets = given.reshape(-1 if given.ndim > 2 else 1, given.shape[-2] if given.ndim > 1 else 1, given.shape[-1])
+    return sets, lead + given.shape[-2:-1]
+
+
+def check_adjacency(adjacency: Tensor, R: Tensor) -> Tensor:
+    """adjacency as [G, T, T]."""
+    _check_bool("adjacency", adjacency, R)
+    if not R.is_cuda:
+        if (adjacency != adjacency.mT).any():
+            raise ValueError("adjacency must be symmetric, got a pair that is adjacent one way only")
+        if adjacency.diagonal(dim1=-2, dim2=-1).any():
+            raise ValueError("adjacency must have no loops, got a token adjacent to itself")
+    return adjacency.reshape(-1, *R.shape[-2:]).contiguous()
+
+
+def check_candidates(
+    candidates: tuple[Tensor, Tensor, Tensor | None], R: Tensor, order: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """node [G or 1, M], given [G or 1, M, order] and ancestors [G, T, T] of Candidates."""
+    node, given, ancestors = candidates
+    node, given = _integers("candidates.node", node, R.device), _integers("candidates.given", given, R.device)
+    if node.ndim < 1 or given.shape != (*node.shape, order) or (node.ndim > 1 and node.shape[:-1] != R.shape[:-2]):
+        lead = [*R.shape[:-2], "M"]
+        raise ValueError(
+            f"candidates must have node [M] or {lead} and given one axis more, of order = {order}, "
+            f"got {list(node.shape)} and {list(given.shape)}"
+        )
+    if not R.is_cuda:
+        _check_tokens("candidates.node", node, -1, R.shape[-1])
+        _check_tokens("candidates.given", given, -1, R.shape[-1])
+        check_sets(given)
+        if ((given == node[..., None]) & (given >= 0)).any():
+            raise ValueError("candidates.given must not hold its own node, got a set that does")
+    if ancestors is not None:
+        _check_bool("candidates.ancestors", ancestors, R)
+        ancestors = ancestors.reshape(-1, *R.shape[-2:]).contiguous()
+    lead = -1 if node.ndim > 1 else 1
+    return node.reshape(lead, node.shape[-1]), given.reshape(lead, *given.shape[-2:]), ancestors
+
+
+def _check_bool(name: str, x: Tensor, R: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {_kind(x)}")
+    if x.shape != R.shape:
+        raise ValueError(f"{name} must have R's shape {list(R.shape)}, got {list(x.shape)}")
+    if x.device != R.device:
+        raise ValueError(f"{name} must be on R's device {R.device}, got {x.device}")
+
+
+def _check_width(given: Tensor) -> None:
+    if given.shape[-1] > MOST:
+        raise ValueError(f"given must have at most {MOST} columns, got {given.shape[-1]}")
+
+
+def _check_tokens(name: str, x: Tensor, least: int, T: int) -> None:
+    if x.numel() and (int(x.min()) < least or int(x.max()) >= T):
+        raise ValueError(f"{name} must lie in {least}…{T - 1}, got {int(x.min())}…{int(x.max())}")
+
+
+def _integers(name: str, x: Indices, device: torch.device) -> Tensor:
+    try:
+        x = torch.as_tensor(x, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must hold integers, got {_kind(x)}: {error}") from None
+    if x.numel() == 0:
+        return x.long()
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {_name(x.dtype)}")
+    return x.long()
+
+
+def _kind(x: object) -> str:
+    return _name(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,50 @@
+"""Every pair given one set: a factor of it serves them all, or the inverse of the whole matrix does."""
+
+import torch
+from torch import Tensor
+
+from .factor import Status, factorize, pivot_floor, solve
+
+
+def partial_correlations_given(R: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """r and status [G, M, T, T] of R [G, T, T] and given [G or 1, M, m] int64, −1 for none."""
+    G, T, _ = R.shape
+    M, m = given.shape[1:]
+    given = given.expand(G, -1, -1)
+    there, members = (given >= 0) & (given < T), given.clamp(0, T - 1)
+    # the rows of R of each set, [G, M, m, T]
+    rows = R.gather(1, members.reshape(G, -1, 1).expand(-1, -1, T)).reshape(G, M, m, T) * there[..., None]
+    block = rows.gather(3, members[:, :, None].expand(-1, -1, m, -1)) * there[:, :, None]
+    factor = factorize(lambda a, b: block[..., a, b, None].clone(), m, R.new_empty(G, M, 1))
+    H = R[:, None].expand(-1, M, -1, -1)
+    if m:
+        W = torch.stack(solve(factor, [x.clone() for x in rows.unbind(2)]), 2)
+        H = H - W.mT @ W
+    left = H.diagonal(dim1=-2, dim2=-1)
+    floor = pivot_floor(R.dtype)
+    inside = (torch.arange(T, device=R.device)[:, None] == members[..., None, :]) & there[..., None, :]
+    known = (left > floor) & (factor.pivot > floor) & ~inside.any(-1)
+    return _correlations(H, left, known[..., None] & known[..., None, :])
+
+
+def precision_correlations(R: Tensor) -> tuple[Tensor, Tensor]:
+    """r and status [G, T, T], each pair given all others."""
+    factor, info = torch.linalg.cholesky_ex(R)
+    floor = pivot_floor(R.dtype)
+    known = (info == 0) & (factor.diagonal(dim1=1, dim2=2).square() > floor).all(1)
+    # a matrix without a factor is put aside, not repaired: its results are SINGULAR
+    identity = torch.eye(R.shape[1], dtype=R.dtype, device=R.device)
+    K = torch.cholesky_inverse(torch.where(known[:, None, None], factor, identity))
+    precision = K.diagonal(dim1=1, dim2=2)
+    known &= (1 / precision > floor).all(1)
+    r, status = _correlations(-K, precision, known[:, None, None].expand_as(R))
+    return r, status
+
+
+def _correlations(H: Tensor, left: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """H_ij / √(left_i left_j) with its status; 1 on the diagonal."""
+    size = (left[..., :, None] * left[..., None, :]).sqrt_()
+    itself = torch.eye(H.shape[-1], dtype=torch.bool, device=H.device)
+    outside = (H.abs() >= size) & ~itself
+    r = torch.where(outside, H.sign(), H / size).masked_fill_(itself, 1.0).masked_fill_(~known, torch.nan)
+    return r, outside.to(torch.int8).masked_fill_(~known, Status.SINGULAR)
