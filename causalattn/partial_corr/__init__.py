@@ -41,7 +41,7 @@ def partial_correlation(
     by a Cholesky factor of R_SS, in the same bits for (i, j) and (j, i). Nothing is inverted, regularised or made
     positive: where a pivot of R_SS, h_ii or h_jj is not above 2¹⁴ roundings of R (1.8e-12 in float64, 9.8e-4 in
     float32) the test is SINGULAR, its r NaN, and no evidence of independence. Above, r is wrong by about ten roundings
-    over the smallest pivot. With |h_ij| ≥ √(h_ii h_jj) it is CLIPPED: i and j determine one another.
+    over the smallest pivot; where |r| is 1 within 16 of them it is CLIPPED to ±1: i and j determine one another.
 
     Args:
         R: correlations, [..., T, T], float32 or float64; read as (R + Rᵀ) / 2.

@@ -1,5 +1,6 @@
 """What a correlation matrix, a test and a level must be."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ def check_correlation(R: Tensor) -> Tensor:
     R = R.detach()
     if not R.is_cuda and R.numel() > 0:
         _check_values(R)
-    flat = R.reshape(-1, *R.shape[-2:])
+    flat = _flat(R)
     return ((flat + flat.mT) / 2).contiguous()
 
 
@@ -59,7 +60,7 @@ def check_tests(R: Tensor, i: Indices, j: Indices, given: Indices | None) -> tup
     if len(shape) > 1 and shape[:-1] != lead:
         raise ValueError(f"i, j and given must have R's leading axes {list(lead)} or none, got {list(shape[:-1])}")
     members = torch.cat([given.expand(*shape, -1), i.expand(shape)[..., None], j.expand(shape)[..., None]], -1)
-    members = members.reshape(-1 if len(shape) > 1 else 1, shape[-1] if shape else 1, members.shape[-1]).contiguous()
+    members = _flat(members if shape else members[None]).contiguous()
     if not R.is_cuda:
         _check_members(members, R.shape[-1])
     return members, shape if len(shape) > 1 else lead + shape
@@ -93,7 +94,7 @@ def check_rows(rows: Tensor | None, R: Tensor) -> Tensor | None:
         raise ValueError(f"rows must have shape {[*R.shape[:-1], 'S']}, got {list(rows.shape)}")
     if rows.device != R.device:
         raise ValueError(f"rows must be on R's device {R.device}, got {rows.device}")
-    return rows.detach().reshape(-1, *rows.shape[-2:])
+    return _flat(rows.detach())
 
 
 def check_given(R: Tensor, given: Indices) -> tuple[Tensor, torch.Size]:
@@ -106,8 +107,7 @@ def check_given(R: Tensor, given: Indices) -> tuple[Tensor, torch.Size]:
     if not R.is_cuda:
         _check_tokens("given", given, -1, R.shape[-1])
         check_sets(given)
-    sets = given.reshape(-1 if given.ndim > 2 else 1, given.shape[-2] if given.ndim > 1 else 1, given.shape[-1])
-    return sets, lead + given.shape[-2:-1]
+    return _flat(given if given.ndim > 1 else given[None]), lead + given.shape[-2:-1]
 
 
 def check_adjacency(adjacency: Tensor, R: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def check_adjacency(adjacency: Tensor, R: Tensor) -> Tensor:
             raise ValueError("adjacency must be symmetric, got a pair that is adjacent one way only")
         if adjacency.diagonal(dim1=-2, dim2=-1).any():
             raise ValueError("adjacency must have no loops, got a token adjacent to itself")
-    return adjacency.reshape(-1, *R.shape[-2:]).contiguous()
+    return _flat(adjacency).contiguous()
 
 
 def check_candidates(
@@ -141,9 +141,8 @@ def check_candidates(
             raise ValueError("candidates.given must not hold its own node, got a set that does")
     if ancestors is not None:
         _check_bool("candidates.ancestors", ancestors, R)
-        ancestors = ancestors.reshape(-1, *R.shape[-2:]).contiguous()
-    lead = -1 if node.ndim > 1 else 1
-    return node.reshape(lead, node.shape[-1]), given.reshape(lead, *given.shape[-2:]), ancestors
+        ancestors = _flat(ancestors).contiguous()
+    return _flat(node[..., None])[..., 0], _flat(given), ancestors
 
 
 def _check_bool(name: str, x: Tensor, R: Tensor) -> None:
@@ -175,6 +174,11 @@ def _integers(name: str, x: Indices, device: torch.device) -> Tensor:
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {_name(x.dtype)}")
     return x.long()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x [..., n, m] as [G, n, m]."""
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 def _kind(x: object) -> str:

@@ -61,8 +61,10 @@ def factorize(entry: Callable[[int, int], Tensor], M: int, like: Tensor) -> Fact
 def decide(covariance: Tensor, left_i: Tensor, left_j: Tensor, pivot: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """r, and its status as int8, from what the set leaves of the covariance and of the two variances."""
     size = (left_i * left_j).sqrt_()
+    pivot = torch.minimum(torch.minimum(left_i, left_j), pivot)
     # a NaN fails every one of these
-    good = (torch.minimum(left_i, left_j) > floor) & (pivot > floor) & (size > 0) & (covariance == covariance)
-    outside = covariance.abs() >= size
+    good = (pivot > floor) & (size > 0) & (covariance == covariance)
+    # r is known to 16 roundings over the pivot, and floor is 1024 times that
+    outside = covariance.abs() >= size - size * (floor / 1024) / pivot
     r = torch.where(outside, covariance.sign(), covariance / size).masked_fill_(~good, torch.nan)
     return r, outside.to(torch.int8).masked_fill_(~good, Status.SINGULAR)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import Backend
@@ -129,6 +130,9 @@ def _level_sets(
     R: Tensor, adjacency: Tensor, node: Tensor, given: Tensor, ancestors: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     G, T, _ = R.shape
+    if given.shape[1] == 0:
+        # what fills up, so that every pair has a set to point at
+        node, given = F.pad(node, (0, 1), value=-1), F.pad(given, (0, 0, 0, 1), value=-1)
     node, given, rank = _ordered(node.expand(G, -1), given.expand(G, -1, -1), T)
     tokens = torch.arange(T + 1, device=R.device).expand(G, -1).contiguous()
     first = torch.searchsorted(node, tokens, out_int32=True)
@@ -151,7 +155,7 @@ def _ordered(node: Tensor, given: Tensor, T: int) -> tuple[Tensor, Tensor, Tenso
     for column in reversed(given.unbind(-1)):
         places = places.gather(1, column.gather(1, places).argsort(dim=1, stable=True))
     sets = _at(given, places)
-    changes = torch.nn.functional.pad((sets[:, 1:] != sets[:, :-1]).any(-1), (1, 0)) if node.shape[1] else places
+    changes = F.pad((sets[:, 1:] != sets[:, :-1]).any(-1), (1, 0))
     by_node = node.masked_fill(node < 0, T).gather(1, places)
     node, order = by_node.sort(dim=1, stable=True)
     sets = _at(sets, order)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .factor import Status, factorize, pivot_floor, solve
+from .factor import Status, decide, factorize, pivot_floor, solve
 
 
 def partial_correlations_given(R: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,31 +20,27 @@ def partial_correlations_given(R: Tensor, given: Tensor) -> tuple[Tensor, Tensor
     if m:
         W = torch.stack(solve(factor, [x.clone() for x in rows.unbind(2)]), 2)
         H = H - W.mT @ W
+    H = (H + H.mT) / 2
     left = H.diagonal(dim1=-2, dim2=-1)
-    floor = pivot_floor(R.dtype)
     inside = (torch.arange(T, device=R.device)[:, None] == members[..., None, :]) & there[..., None, :]
-    known = (left > floor) & (factor.pivot > floor) & ~inside.any(-1)
-    return _correlations(H, left, known[..., None] & known[..., None, :])
+    return _decided(H, left.masked_fill(inside.any(-1), 0), factor.pivot)
 
 
 def precision_correlations(R: Tensor) -> tuple[Tensor, Tensor]:
     """r and status [G, T, T], each pair given all others."""
     factor, info = torch.linalg.cholesky_ex(R)
-    floor = pivot_floor(R.dtype)
-    known = (info == 0) & (factor.diagonal(dim1=1, dim2=2).square() > floor).all(1)
+    known = (info == 0) & (factor.diagonal(dim1=1, dim2=2).square() > pivot_floor(R.dtype)).all(1)
     # a matrix without a factor is put aside, not repaired: its results are SINGULAR
     identity = torch.eye(R.shape[1], dtype=R.dtype, device=R.device)
     K = torch.cholesky_inverse(torch.where(known[:, None, None], factor, identity))
-    precision = K.diagonal(dim1=1, dim2=2)
-    known &= (1 / precision > floor).all(1)
-    r, status = _correlations(-K, precision, known[:, None, None].expand_as(R))
-    return r, status
+    left = 1 / K.diagonal(dim1=1, dim2=2)
+    pivot = torch.where(known, left.amin(1), 0) if R.shape[1] else left.sum(1)
+    return _decided(-K * left[:, :, None] * left[:, None], left, pivot[:, None])
 
 
-def _correlations(H: Tensor, left: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """H_ij / √(left_i left_j) with its status; 1 on the diagonal."""
-    size = (left[..., :, None] * left[..., None, :]).sqrt_()
-    itself = torch.eye(H.shape[-1], dtype=torch.bool, device=H.device)
-    outside = (H.abs() >= size) & ~itself
-    r = torch.where(outside, H.sign(), H / size).masked_fill_(itself, 1.0).masked_fill_(~known, torch.nan)
-    return r, outside.to(torch.int8).masked_fill_(~known, Status.SINGULAR)
+def _decided(H: Tensor, left: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor]:
+    """r and status of covariances [..., T, T], variances [..., T] and the rest's pivot [..., 1]; 1 on the diagonal."""
+    floor = pivot_floor(H.dtype)
+    r, status = decide(H, left[..., :, None], left[..., None, :], pivot[..., None], floor)
+    itself = torch.eye(H.shape[-1], dtype=torch.bool, device=H.device) & (status != Status.SINGULAR)
+    return r.masked_fill_(itself, 1.0), status.masked_fill_(itself, Status.OK)

@@ -20,15 +20,18 @@ def partial_correlation(R: np.ndarray, i: int, j: int, given: Iterable[int] = ()
     block = R[np.ix_(tokens, tokens)].astype(np.float64)
     k = len(tokens) - 2
     L = np.zeros_like(block)
+    pivot = 1.0
     for a in range(k + 2):
         for b in range(a):
             L[a, b] = (block[a, b] - L[a, :b] @ L[b, :b]) / L[b, b]
         left = block[a, a] - L[a, :a] @ L[a, :a]
         # of j, what S leaves without i: i is no part of the set
         free = left + L[a, k] ** 2 if a > k else left
+        pivot = min(pivot, free)
         if not free > floor:
             return math.nan, SINGULAR
-        if left <= 0:
+        # |r| is 1 within 16 roundings over the pivot: floor is 2¹⁴ roundings
+        if a > k and left <= 2 * free * floor / 1024 / pivot:
             return math.copysign(1.0, L[a, k]), CLIPPED
         L[a, a] = math.sqrt(left)
     return L[k + 1, k] / math.hypot(L[k + 1, k], L[k + 1, k + 1]), OK

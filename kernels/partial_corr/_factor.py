@@ -49,6 +49,7 @@ def decide(covariance, left_i, left_j, pivot, floor):
     pivot = tl.minimum(pivot, tl.minimum(left_i, left_j))
     # a NaN fails every one of these
     good = (pivot > floor) & (size > 0) & (covariance == covariance)
-    inside = tl.abs(covariance) < size
+    # r is known to 16 roundings over the pivot, and floor is 1024 times that
+    inside = tl.abs(covariance) < size * (1 - floor / 1024 / pivot)
     r = tl.where(inside, covariance / size, tl.where(covariance > 0, 1.0, -1.0))
     return tl.where(good, r, float("nan")), tl.where(good, tl.where(inside, OK, CLIPPED), SINGULAR)

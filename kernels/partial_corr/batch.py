@@ -5,8 +5,8 @@
 Shapes: R [G, T, T] contiguous, float32 or float64; members [G or 1, N, M + 2] int64, of each test its set (−1 pads it),
 then i and j; rows [G, T, S] float32, any strides; r [G, N] in R's dtype, status [G, N] int8.
 Precision: R's dtype. A test of which a pivot (of R_SS, h_ii, h_jj) is not above floor, or that names a token out of
-range, is SINGULAR and its r NaN; with |h_ij| ≥ √(h_ii h_jj) it is CLIPPED to ±1. A test that rows form again is
-summed and solved in float64, whose products of float32 numbers are exact.
+range, is SINGULAR and its r NaN; where |r| is 1 but for 16 roundings over the smallest pivot it is CLIPPED to ±1. A
+test that rows form again is summed and solved in float64, whose products of float32 numbers are exact.
 Cost: (M + 2)(M + 1)/2 gathered entries, about (M + 2)³/6 multiply-adds and M + 1 roots a test; 8(M + 2) bytes in and
 at most 9 out. At M = 3 that is 10 entries, 21 multiply-adds and 49 bytes: 10⁸ tests move 4.9 GB, 1.0 ms at 4.8 TB/s.
 """
