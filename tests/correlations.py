@@ -4,6 +4,9 @@ import numpy as np
 import torch
 from helpers import DEVICE
 
+# what r of a test may be wrong by: so many roundings of R over its smallest pivot
+ROUNDINGS = 16
+
 
 def attention(T, *, spread=1.0, causal=False, sink=0.0, S=None, seed=0):
     """A [T, S] of random logits of that standard deviation, key 0 favoured by sink, in float32 as NumPy float64."""
@@ -23,6 +26,13 @@ def correlation(A):
     R = C / np.outer(scale, scale)
     np.fill_diagonal(R, 1.0)
     return R
+
+
+def smallest_pivot(R, tokens):
+    """Of the factor of R[S, i, j], j's pivot being what S alone leaves."""
+    *S, i, j = tokens
+    last = [np.linalg.cholesky(R[np.ix_([*S, t], [*S, t])]).diagonal()[-1] for t in (i, j)]
+    return min([*np.linalg.cholesky(R[np.ix_(S, S)]).diagonal(), *last]) ** 2
 
 
 def tensor(x, dtype=torch.float64):

@@ -6,7 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from correlations import attention, correlation, some_tests, tensor
+from correlations import ROUNDINGS, attention, correlation, smallest_pivot, some_tests, tensor
 from helpers import DEVICE, PATHS, SEEDS, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,8 +16,6 @@ from causalattn.partial_corr.factor import pivot_floor
 from causalattn.reference import partial_corr as reference
 
 CUT = ca.critical_correlation(768, 0.01, 0)
-# what r of a test may be wrong by: so many roundings of R over its smallest pivot
-ROUNDINGS = 16
 
 
 def rounding(dtype):
@@ -33,13 +31,6 @@ def specified(R, i, j, given):
     tests = zip(i.tolist(), j.tolist(), sets(given), strict=True)
     found = [reference.partial_correlation(to_numpy(R), *test) for test in tests]
     return np.array([r for r, _ in found]), np.array([status for _, status in found])
-
-
-def smallest_pivot(R, tokens):
-    """Of the factor of R[S, i, j], j's pivot being what S alone leaves."""
-    *S, i, j = tokens
-    last = [np.linalg.cholesky(R[np.ix_([*S, t], [*S, t])]).diagonal()[-1] for t in (i, j)]
-    return min([*np.linalg.cholesky(R[np.ix_(S, S)]).diagonal(), *last]) ** 2
 
 
 def exact(A, tokens):
