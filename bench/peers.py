@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -258,3 +259,49 @@ def sdpa_hopfield(patterns: Tensor, state: Tensor) -> Tensor:
     """The same through SDPA, which scales by d^−½."""
     x = patterns[None, None]
     return F.scaled_dot_product_attention(state[None, None], x, x)[0, 0]
+
+
+def numpy_partial_correlation(R: Tensor, i: Tensor, j: Tensor, given: Tensor) -> np.ndarray:
+    """Every test's block gathered, a batched Cholesky factor, its last row."""
+    tokens = np.concatenate([given.cpu().numpy(), np.stack([i.cpu().numpy(), j.cpu().numpy()], 1)], 1)
+    L = np.linalg.cholesky(R.cpu().numpy()[tokens[:, :, None], tokens[:, None]])
+    return L[:, -1, -2] / np.hypot(L[:, -1, -2], L[:, -1, -1])
+
+
+def torch_partial_correlation(R: Tensor, i: Tensor, j: Tensor, given: Tensor) -> Tensor:
+    tokens = torch.cat([given, i[:, None], j[:, None]], 1)
+    L = torch.linalg.cholesky(R[tokens[:, :, None], tokens[:, None]])
+    return L[:, -1, -2] / torch.hypot(L[:, -1, -2], L[:, -1, -1])
+
+
+def causality_lab(R: Tensor, i: Tensor, j: Tensor, given: Tensor) -> list[float]:
+    """causality-lab's formula, a test at a time: closed forms of no and one other variable, else an inverse."""
+    from scipy.stats import norm
+
+    R, found = R.cpu().numpy(), []
+    for x, y, S in zip(i.tolist(), j.tolist(), given.tolist(), strict=True):
+        if not S:
+            r = R[x, y]
+        elif len(S) == 1:
+            (z,) = S
+            r = (R[x, y] - R[x, z] * R[y, z]) / np.sqrt((1 - R[x, z] ** 2) * (1 - R[y, z] ** 2))
+        else:
+            tokens = [x, y, *S]
+            K = np.linalg.inv(R[np.ix_(tokens, tokens)])
+            r = -K[0, 1] / np.sqrt(abs(K[0, 0] * K[1, 1]))
+        statistic = np.sqrt(768 - len(S) - 3) * abs(0.5 * np.log1p(2 * r / (1 - r)))
+        norm.cdf(statistic)
+        found.append(r)
+    return found
+
+
+def fisherz(R: Tensor, i: Tensor, j: Tensor, given: Tensor) -> np.ndarray:
+    """causal-learn's own test of data with these correlations, a test at a time; |r| from its p."""
+    from causallearn.utils.cit import CIT
+    from scipy.special import erfcinv
+
+    from causalattn.discovery import surrogate_data
+
+    test = CIT(surrogate_data(R, 100).numpy(), "fisherz")
+    p = np.array([test(x, y, S) for x, y, S in zip(i.tolist(), j.tolist(), given.tolist(), strict=True)])
+    return np.tanh(erfcinv(p) * math.sqrt(2 / (100 - given.shape[1] - 3)))

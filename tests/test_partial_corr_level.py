@@ -119,6 +119,10 @@ def test_ties_fall_to_the_first_set(backend):
         rest = [t for t in range(6) if t not in (i, j)]
         assert int(one[i, j]) == rest[0]
         assert two[i, j].tolist() == rest[:2]
+    # whichever of the pair hands it in
+    for found in ([(0, (2, 3)), (1, (4, 5))], [(0, (4, 5)), (1, (2, 3))]):
+        two = ca.level_tests(R, adjacency, 2, cut=CUT, candidates=candidates(found, 2), backend=backend).given
+        assert two[0, 1].tolist() == two[1, 0].tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("backend", PATHS)
