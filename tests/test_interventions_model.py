@@ -185,6 +185,24 @@ def test_what_matches_nothing_is_an_error_that_names_it():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.filterwarnings("ignore:the attention mask is not one run")
+def test_edges_that_a_mask_with_holes_forbids_are_not_counted(lowest):
+    inputs, model = text_inputs(), use(tiny("bert"))
+    mask = torch.zeros(2, 1, 19, 19, device=inputs["input_ids"].device)
+    mask[:, :, :, 4] = lowest
+    mask[1, :, 8, 2:6] = lowest
+    inputs["attention_mask"] = mask
+    with ca.do(Do.cut(8, slice(2, 7)) + Do.soft(None, [3, 4], 1.0)) as receipt:
+        model(**inputs)
+    # 4 of the keys 2 to 6 in one sequence and 1 in the other; column 3 but for one row; 2 heads in each of 2 layers
+    assert receipt.items == [4 * (4 + 1), 4 * (19 + 18)]
+    for plan in (Do.cut(None, 4), Do.soft(8, 3, 1.0, batch=1), Do.hard(8, 4)):
+        with pytest.raises(ValueError, match="matched nothing"), ca.do(Do.cut(8, 6) + plan):
+            model(**inputs)
+
+
+@torch.no_grad()
 def test_a_context_that_is_wrong_says_so():
     model = use(tiny("bert"))
     wrong = [

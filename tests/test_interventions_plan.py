@@ -157,6 +157,38 @@ def test_a_plan_that_does_not_fit_says_so(plan, says):
         ca.attention(q, k, v, causal=True, do=plan)
 
 
+@pytest.mark.parametrize("lowest", [float("-inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_an_edge_that_the_bias_forbids_is_none(lowest, per_head):
+    q, k, v = make_qkv(2, 2, 1, 9, 9, 16)
+    bias = torch.zeros(2, 2, 9, 9) if per_head else torch.zeros(9)
+    bias[..., [1, 3]] = lowest
+    if per_head:
+        bias[1, 1, 5, 3] = 0.5
+    run = {
+        "attention": lambda plan: ca.attention(q, k, v, causal=True, bias=bias, do=plan),
+        "rows": lambda plan: ca.attention_rows(q, k, [5], causal=True, bias=bias, do=plan),
+        "stats": lambda plan: ca.attention_stats(q, k, causal=True, bias=bias, do=plan),
+    }
+    for call in run.values():
+        for plan in (Do.soft(5, 1, 2.0), Do.cut(None, 1), Do.hard(4, 3), Do.cut(0, 1) + Do.soft(5, 0, 1.0)):
+            with pytest.raises(ValueError, match=r"\) matched no edge: the mask forbids it"):
+                call(plan)
+        with pytest.raises(ValueError, match="the mask forbids 1 of its 2 edges"):
+            call(Do.cut(edges=[(5, 0), (5, 1)]))
+        call(Do.cut(5, slice(0, 4)))
+        if per_head:
+            call(Do.hard(5, 3))
+        else:
+            with pytest.raises(ValueError, match=r"hard\(5, 3\) matched no edge"):
+                call(Do.hard(5, 3))
+    if per_head:
+        forced, plain = (ca.attention(q, k, v, causal=True, bias=bias, do=x).out for x in (Do.hard(5, 3), None))
+        assert torch.equal(forced[1, 1, 5], v[1, 0, 3])
+        forced[1, 1, 5] = plain[1, 1, 5]
+        assert torch.equal(forced, plain)
+
+
 def test_a_do_is_a_plan():
     q, k, v = make_qkv(1, 1, 1, 9, 9, 16)
     for call in (lambda do: ca.attention(q, k, v, do=do), lambda do: ca.attention_rows(q, k, [1], do=do)):

@@ -77,7 +77,7 @@ def attention(
 
     Raises:
         ValueError: a shape, device, mask or softcap that does not fit; an intervention out of range, on an edge that
-            the mask forbids, or in conflict with another.
+            mask or bias (−∞, or its dtype's least) forbids, or in conflict with another.
         TypeError: a dtype that does not fit, float64 with backend="triton", or a do that is no Plan.
         NotImplementedError: backend="triton" without the triton package.
 
@@ -99,7 +99,7 @@ def attention(
     dtype = check_probs_dtype(probs_dtype, q) if return_probs else None
     out, lse, _, _, probs = attend(q, k, v, *logits, dtype, backend)
     if do is not None:
-        surgeries = surgeries_of(do, q, k, intervals)
+        surgeries = surgeries_of(do, q, k, logits)
         out, lse, _ = operate(surgeries, Inputs(q, k, v, logits, backend), out, lse)
         if return_probs:
             rows = touched_rows(surgeries, q.device)

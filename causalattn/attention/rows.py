@@ -68,7 +68,7 @@ def attention_rows(
     options = {"bias": bias, "alibi_slopes": alibi_slopes, "scale": scale, "softcap": softcap, "sink": sink}
     logits = resolve_logits(q, k, intervals, **options)
     if do is not None:
-        return edited_rows(surgeries_of(do, q, k, intervals), q, k, logits, rows, dtype, backend)[0]
+        return edited_rows(surgeries_of(do, q, k, logits), q, k, logits, rows, dtype, backend)[0]
     logits = logits.of_rows(rows, k.shape[2], accumulator(q))
     # indexing, whose gradient adds up a repeated row in order
     return attend(q[:, :, rows], k, None, *logits, dtype, backend)[4]

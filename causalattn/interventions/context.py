@@ -31,14 +31,14 @@ class Running:
         return [n for n, item in enumerate(self.plan.items) if item.layers is None or layer in item.layers]
 
     def resolve(
-        self, module: nn.Module, layer: int, q: Tensor, k: Tensor, intervals: Intervals
+        self, module: nn.Module, layer: int, q: Tensor, k: Tensor, intervals: Intervals, bias: Tensor | None
     ) -> tuple[list[Surgery], list[int | Tensor]]:
         """The surgeries of one call, whose real rows are those that intervals leaves any key."""
         B, H, T, _ = q.shape
         start, stop, _, offset = intervals
         plan = Plan(tuple(self.plan.items[n] for n in self.places(layer)))
         frames = self._frames(module, intervals, B)
-        return resolve(plan, Call(B, H, T, k.shape[2], offset, start, stop, False), frames, layer)
+        return resolve(plan, Call(B, H, T, k.shape[2], offset, start, stop, bias, False), frames, layer)
 
     def _frames(self, module: nn.Module, intervals: Intervals, B: int) -> list[Frame]:
         """Tokens count from each sequence's first real key; the prompt's last is −1, in later steps too."""

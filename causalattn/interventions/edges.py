@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..masks import Intervals
+from .._checks import Logits
 from .address import parse_span
 from .plan import Item, Plan, check_plan
+from .scores import forbidden
 
 
 class Frame(NamedTuple):
@@ -20,7 +21,7 @@ class Frame(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The shape of one call and who may attend whom in it; start and stop are [B or 1, T].
+    """The shape of one call and who may attend whom in it; start and stop are [B or 1, T], bias has 4 axes.
 
     strict: every row and column named must lie in this call, where a model's may lie in another step of it.
     """
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     offset: int
     start: Tensor
     stop: Tensor
+    bias: Tensor | None
     strict: bool
 
     def of_pairs(self, bound: Tensor, pairs: Tensor, rows: Tensor) -> Tensor:
@@ -39,6 +41,16 @@ class Call(NamedTuple):
         pairs, rows = pairs.to(bound.device), rows.to(bound.device)
         sequences = pairs[:, 0] if bound.shape[0] > 1 else torch.zeros_like(pairs[:, 0])
         return bound[sequences[:, None], rows].long()
+
+    def shut(self, pairs: Tensor, rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """How many of the keys low ≤ j < high of these rows the bias forbids to pairs of sequence and head: [P, R]."""
+        each, at = (x.to(low.device) for x in rows.unique(return_inverse=True))
+        pairs = pairs.to(low.device)
+        shut = forbidden(self.bias if self.bias.shape[2] == 1 else self.bias[:, :, each])
+        counted = shut.expand(*shut.shape[:3], self.S).cumsum(-1, dtype=torch.int32)
+        counted = torch.nn.functional.pad(counted, (1, 0))
+        b, h, at = (x % n for x, n in zip((pairs[:, :1], pairs[:, 1:], at), counted.shape[:3], strict=True))
+        return counted[b, h, at, torch.maximum(low, high)] - counted[b, h, at, low]
 
 
 class Runs(NamedTuple):
@@ -75,7 +87,7 @@ class Surgery(NamedTuple):
     real: Tensor
 
 
-def surgeries_of(do: Plan, q: Tensor, k: Tensor, intervals: Intervals) -> list[Surgery]:
+def surgeries_of(do: Plan, q: Tensor, k: Tensor, logits: Logits) -> list[Surgery]:
     """The surgeries of a plan whose rows and columns count the positions of q and k.
 
     Raises:
@@ -83,12 +95,11 @@ def surgeries_of(do: Plan, q: Tensor, k: Tensor, intervals: Intervals) -> list[S
         ValueError: a text in it, or as in `resolve`.
     """
     check_plan(do)
-    start, stop, _, offset = intervals
     B, H, T, _ = q.shape
     if any(item.layers is not None for item in do.items):
         raise ValueError(f"a do on tensors has no layers, got {do}")
-    call = Call(B, H, T, k.shape[2], offset, start, stop, True)
-    return resolve(do, call, [Frame(0, offset + T, k.shape[2])] * B)[0]
+    call = Call(B, H, T, k.shape[2], logits.offset, logits.start, logits.stop, logits.bias, True)
+    return resolve(do, call, [Frame(0, logits.offset + T, k.shape[2])] * B)[0]
 
 
 def check_edits(surgeries: list[Surgery], D: int, V: int | None) -> None:
@@ -209,12 +220,14 @@ def _within(row: Tensor, low: Tensor, high: Tensor, item: Item, call: Call, fram
 
 
 def _allowed(item: Item, entries: Runs, pairs: Tensor, call: Call) -> Tensor:
-    """How many keys of each entry the mask allows each pair, [P, entries]; of what is no edge, one a pair."""
+    """How many keys of each entry mask and bias allow each pair, [P, entries]; of what is no edge, one a pair."""
     if item.do in ("head_off", "patch"):
         return torch.ones(len(pairs), min(1, len(entries.row)), dtype=torch.int64)
     start, stop = (call.of_pairs(bound, pairs, entries.row) for bound in (call.start, call.stop))
     low, high = (x.to(start.device) for x in entries[1:])
-    return (torch.minimum(high, stop) - torch.maximum(low, start)).clamp_(min=0)
+    low, high = torch.maximum(low, start), torch.minimum(high, stop)
+    count = (high - low).clamp_(min=0)
+    return count if call.bias is None or not count.numel() else count - call.shut(pairs, entries.row, low, high)
 
 
 def _check_allowed(item: Item, allowed: list[Tensor], call: Call) -> None:

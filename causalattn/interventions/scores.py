@@ -34,7 +34,9 @@ class Pairs:
         if logits.softcap > 0:
             s = torch.tanh(s / logits.softcap) * logits.softcap
         if logits.bias is not None:
-            s = s + logits.bias.expand(*q.shape[:3], self.k.shape[2])[b, h, rows[:, None], at].to(self.dtype)
+            bias = logits.bias.expand(*q.shape[:3], self.k.shape[2])[b, h, rows[:, None], at]
+            allowed = allowed & ~forbidden(bias)
+            s = s + bias.to(self.dtype)
         if logits.slopes is not None:
             slopes = logits.slopes.expand(*q.shape[:2])[self.b, self.h].to(self.dtype)
             s = s - slopes[:, None, None] * (rows[:, None] + logits.offset - at).abs()
@@ -45,3 +47,8 @@ class Pairs:
         """k or v at keys, 0 where forbidden, for 0 · NaN must not leak from padding: [P, R, n, ·]."""
         taken = x[self.b[:, None, None], self.group[:, None, None], keys.clamp(0, max(x.shape[2] - 1, 0))]
         return taken.to(self.dtype).masked_fill(~allowed[..., None], 0)
+
+
+def forbidden(bias: Tensor) -> Tensor:
+    """Where a bias lets no probability through: −∞, or the least number of its dtype, which many masks are made of."""
+    return bias.detach() <= torch.finfo(bias.dtype).min

@@ -95,7 +95,7 @@ def attention_stats(
     elif "asymmetry" in want:
         raise NotImplementedError("asymmetry needs all of A under a do: use dense.asymmetry of attention's probs")
     else:
-        surgeries = surgeries_of(do, q, k, intervals)
+        surgeries = surgeries_of(do, q, k, logits)
         stats = measure_under(surgeries, q, k, logits, intervals, chosen, want, backend, measure)
     return AttentionStats(**{name: value for name, value in stats.items() if name in want})
 

@@ -100,7 +100,7 @@ def _intervened(module: nn.Module, layer: int, call: AttentionCall, outputs: Int
     options = {"bias": call.bias, "scale": call.scale, "softcap": call.softcap, "sink": call.sink}
     logits = resolve_logits(call.q, call.k, outputs, alibi_slopes=None, **options)
     out, lse, *_ = attend(call.q, call.k, call.v, *logits, None, "auto")
-    surgeries, matched = plan.resolve(module, layer, call.q, call.k, call.intervals)
+    surgeries, matched = plan.resolve(module, layer, call.q, call.k, call.intervals, logits.bias)
     out, _, moved = operate(surgeries, Inputs(call.q, call.k, call.v, logits, "auto"), out, lse)
     plan.receipt.note(layer, plan.places(layer), matched, moved)
     return out
