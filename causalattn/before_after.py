@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .analysis import recording
 from .attention import attention_rows
-from .integrations.transformers.attention import AttentionCall, layer_numbers
+from .integrations.transformers.attention import AttentionCall, places
 from .integrations.transformers.families import self_attention, using
 from .interventions import Plan, do
 from .interventions.address import parse_span
@@ -117,7 +117,7 @@ def _run(
     found = []
 
     def keep(module: nn.Module, call: AttentionCall) -> None:
-        if layer_numbers.get(module) == layer:
+        if places[module].layer == layer:
             here = None if plan is None else _acting(plan, layer)
             A = attention_rows(call.q, call.k, window, do=here, **call.options())
             found.append(A[0, :, :, window.start : window.stop].float().mean(0).cpu())
@@ -128,15 +128,14 @@ def _run(
 
 
 def _acting(plan: Plan, layer: int) -> Plan | None:
-    items = [replace(item, layers=None) for item in plan.items if item.layers is None or layer in item.layers]
-    return Plan(tuple(items)) if items else None
+    items = plan.at(layer).values()
+    return Plan(tuple(replace(item, layers=None) for item in items)) if items else None
 
 
 def _rows(plan: Plan, layer: int, T: int) -> list[int]:
     """The rows that a plan names in a layer, in order; none where it takes all of them."""
-    acting = _acting(plan, layer)
     rows: set[int] = set()
-    for item in acting.items if acting else ():
+    for item in plan.at(layer).values():
         if isinstance(item.row, str):
             rows |= set(range(T)[parse_span(item.row)])
         else:

@@ -105,7 +105,7 @@ def test_a_sweep_is_that_of_the_readout(loaded, bert, capsys):
         (["do", "--edge", "sank"], "soft needs a col, got None"),
         (["do", "--edge", "sank <- sun"], "'sun' is not among the tokens Because the storm"),
         (["do", "--edge", "the <- storm"], "'the' occurs 2 times among the tokens, at 1, 5: write 'the#2', say"),
-        (["do", "--edge", "L7H0: sank <- storm"], "heads=0, layers=7) matched nothing"),
+        (["do", "--edge", "L7H0: sank <- storm"], "heads=0, layers=7) must be among the model's 2, [0, 1], got [7]"),
         (["do", "--edge", "sank <- storm", "--strength", "inf"], "strength must be finite"),
         (["do", "--edge", "sank <- storm", "--layer", "9"], "layer must be among [0, 1], got 9"),
         (["do", "--plan", "missing.json"], "missing.json could not be read"),

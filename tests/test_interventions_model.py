@@ -1,5 +1,6 @@
 """Plans in force in transformers models: equal to eager attention with its score matrix edited by hand."""
 
+import re
 import threading
 
 import pytest
@@ -176,12 +177,45 @@ def test_a_plan_is_in_force_in_its_own_thread_and_ends_with_it():
 def test_what_matches_nothing_is_an_error_that_names_it():
     inputs = text_inputs("left")
     model = tiny("llama")
-    for plan in (Do.cut(40, 0), Do.cut(3, 5), Do.cut(3, 1, layers=7), Do.hard(2, 9)):
+    for plan in (Do.cut(40, 0), Do.cut(3, 5), Do.hard(2, 9)):
         with pytest.raises(ValueError, match=r"(cut|hard)\(.*matched nothing"), ca.do(Do.cut(8, 6) + plan):
             use(model)(**inputs)
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="was not switched over"), ca.do(Do.cut(8, 6)):
         model(**inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "layers"), [("gpt2", [0, 1]), ("whisper", [0, 1, 2, 3])])
+def test_layers_heads_and_sequences_that_a_model_lacks_are_named_before_anything_is_done(family, layers):
+    model = use(tiny(family))
+    inputs = other_inputs(family, torch.float32) if family == "whisper" else text_inputs()
+    missing = rf"must be among the model's {len(layers)}, {re.escape(str(layers))}, got \[99\]"
+    for plan, says in (
+        (Do.cut(5, 2, layers=[0, 99]), r"layers of cut\(5, 2, layers=\[0, 99\]\) " + missing),
+        (Do.cut(5, 2) + Do.cut("L99H0: [5] <- [3]"), r"layers of cut\(5, 3, heads=0, layers=99\) " + missing),
+        (Do.head_off(0) + Do.layer_off(99), r"layers of head_off\(value='zero', layers=99\) " + missing),
+        (Do.cut(5, 2, heads=[0, 9]), r"heads of cut\(5, 2, heads=\[0, 9\]\) must be from 0 to 1, got \[0, 9\]"),
+        (Do.cut(5, 2, batch=[0, 2]), r"batch of cut\(5, 2, batch=\[0, 2\]\) must be from 0 to 1, got \[0, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=says), ca.do(plan) as receipt:
+            model(**inputs)
+        assert receipt.edges == 0 and not receipt.layers
+
+
+@torch.no_grad()
+def test_a_layer_that_does_not_run_is_named_on_leaving():
+    model, inputs = use(tiny("whisper")), other_inputs("whisper", torch.float32)
+    with (
+        pytest.raises(ValueError, match=r"cut\(5, 2, layers=\[1, 3\]\) names layers that did not run: \[3\]"),
+        ca.do(Do.cut(5, 2, layers=[1, 3])),
+    ):
+        model.encoder(inputs["input_features"])
+    # one that was never switched over as a whole has layers that only a run shows
+    model = tiny("bert")
+    model.set_attn_implementation("causalattn")
+    with pytest.raises(ValueError, match=r"did not run: \[99\]"), ca.do(Do.cut(5, 2, layers=[0, 99])):
+        model(**text_inputs())
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Plans in force while a model runs: a context variable, so each thread and task has its own."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -26,9 +26,17 @@ class Running:
         own = getattr(module, "layer_idx", None)
         return own if isinstance(own, int) else self._order.setdefault(module, len(self._order))
 
-    def places(self, layer: int) -> list[int]:
-        """Which items of the plan act on this layer."""
-        return [n for n, item in enumerate(self.plan.items) if item.layers is None or layer in item.layers]
+    def check(self, layers: Collection[int]) -> None:
+        """Every layer that an item names is among those of the model.
+
+        Raises:
+            ValueError: one is not.
+        """
+        for item in self.plan.items:
+            if missing := [layer for layer in item.layers or () if layer not in layers]:
+                raise ValueError(
+                    f"layers of {item} must be among the model's {len(layers)}, {list(layers)}, got {missing}"
+                )
 
     def resolve(
         self, module: nn.Module, layer: int, q: Tensor, k: Tensor, intervals: Intervals, bias: Tensor | None
@@ -36,7 +44,7 @@ class Running:
         """The surgeries of one call, whose real rows are those that intervals leaves any key."""
         B, H, T, _ = q.shape
         start, stop, _, offset = intervals
-        plan = Plan(tuple(self.plan.items[n] for n in self.places(layer)))
+        plan = Plan(tuple(self.plan.at(layer).values()))
         frames = self._frames(module, intervals, B)
         return resolve(plan, Call(B, H, T, k.shape[2], offset, start, stop, bias, False), frames, layer)
 
@@ -91,8 +99,9 @@ def do(
         Receipt, to be read afterwards.
 
     Raises:
-        ValueError: on leaving, an item that matched nothing; before, a text without tokens, or one that occurs never or
-            more than once; in the model, what `attention` refuses.
+        ValueError: on leaving, an item that matched nothing, or that names a layer which did not run; before, a text
+            without tokens, or one that occurs never or more than once; in the model, what `attention` refuses and, at
+            its first layer, a layer that it does not have.
         RuntimeError: a plan is in force already.
 
     Example:
@@ -126,3 +135,5 @@ def do(
                 f"{item} matched nothing: no such layer or token ran, the mask forbids the edge, or the model was not "
                 "switched over by integrations.transformers.use"
             )
+        if missing := sorted(set(item.layers or ()) - set(receipt.layers)):
+            raise ValueError(f"{item} names layers that did not run: {missing}")

@@ -76,6 +76,10 @@ class Plan:
 
         return Plan(tuple(map(kept, self.items)))
 
+    def at(self, layer: int) -> dict[int, Item]:
+        """The items that act on a layer, by their place in the plan."""
+        return {n: item for n, item in enumerate(self.items) if item.layers is None or layer in item.layers}
+
     def locate(self, tokens: Sequence[str]) -> "Plan":
         """The same plan with every text replaced by the numbers of the tokens it names.
 

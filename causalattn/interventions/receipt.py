@@ -1,5 +1,6 @@
 """What a plan did while a model ran under it."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Receipt:
         self._matched: list[list[int | Tensor]] = [[] for _ in plan.items]
         self._moved: dict[int, list[Moved]] = {}
 
-    def note(self, layer: int, places: list[int], matched: list[int | Tensor], moved: Moved) -> None:
+    def note(self, layer: int, places: Iterable[int], matched: list[int | Tensor], moved: Moved) -> None:
         """Add one pass through one layer; places are the items, of the plan, that matched is of."""
         for place, count in zip(places, matched, strict=True):
             self._matched[place].append(count)

@@ -55,8 +55,15 @@ Watcher = Callable[[nn.Module, AttentionCall, Tensor], None]
 watcher: ContextVar[Watcher | None] = ContextVar("causalattn_watcher", default=None)
 
 
-# numbers of the self-attention modules of models that were switched over; None for cross-attention
-layer_numbers: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+class Place(NamedTuple):
+    """The number of an attention module's layer, None for cross-attention, and those of all layers of its model."""
+
+    layer: int | None
+    layers: tuple[int, ...]
+
+
+# the attention modules of models that were switched over
+places: WeakKeyDictionary[nn.Module, Place] = WeakKeyDictionary()
 
 
 def attention_function(
@@ -75,8 +82,8 @@ def attention_function(
     softcap, sink = kwargs.get("softcap"), kwargs.get("s_aux")
     call = AttentionCall(query, key, value, mask.statistics, mask.last, mask.bias, scaling, softcap, sink)
     plan = running.get()
-    layer = None if plan is None else layer_numbers[module] if module in layer_numbers else plan.layer(module)
-    if layer is not None and plan.places(layer):
+    layer = None if plan is None else _layer(module, plan)
+    if layer is not None and plan.plan.at(layer):
         if dropout > 0:
             raise NotImplementedError(f"{type(module).__name__}: dropout must be 0 under a do, got {dropout}")
         out = _intervened(module, layer, call, mask.outputs, plan).transpose(1, 2).contiguous()
@@ -102,8 +109,17 @@ def _intervened(module: nn.Module, layer: int, call: AttentionCall, outputs: Int
     out, lse, *_ = attend(call.q, call.k, call.v, *logits, None, "auto")
     surgeries, matched = plan.resolve(module, layer, call.q, call.k, call.intervals, logits.bias)
     out, _, moved = operate(surgeries, Inputs(call.q, call.k, call.v, logits, "auto"), out, lse)
-    plan.receipt.note(layer, plan.places(layer), matched, moved)
+    plan.receipt.note(layer, plan.plan.at(layer), matched, moved)
     return out
+
+
+def _layer(module: nn.Module, plan: Running) -> int | None:
+    """What number the plan in force knows a module by; None for cross-attention."""
+    if module not in places:
+        return plan.layer(module)
+    layer, layers = places[module]
+    plan.check(layers)
+    return layer
 
 
 def _refuse(module: nn.Module, kwargs: dict) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .attention import attention_function, layer_numbers
+from .attention import Place, attention_function, places
 from .masks import model_mask
 
 NAME = "causalattn"
@@ -48,8 +48,9 @@ def use(model: nn.Module) -> nn.Module:
         >>> outputs.attentions[0].dag_score.shape
         torch.Size([1, 2])
     """
-    layer_numbers.update(dict.fromkeys(attention_modules(model).values()))
-    layer_numbers.update({model.get_submodule(name): layer for layer, name in self_attention(model).items()})
+    numbers = {name: layer for layer, name in self_attention(model).items()}
+    layers = tuple(sorted(numbers.values()))
+    places.update({m: Place(numbers.get(name), layers) for name, m in attention_modules(model).items()})
     register()
     model.set_attn_implementation(NAME)
     return model
