@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -129,7 +128,7 @@ def _run(
 
 def _acting(plan: Plan, layer: int) -> Plan | None:
     items = plan.at(layer).values()
-    return Plan(tuple(replace(item, layers=None) for item in items)) if items else None
+    return Plan(tuple(item.on(layer) for item in items)) if items else None
 
 
 def _rows(plan: Plan, layer: int, T: int) -> list[int]:

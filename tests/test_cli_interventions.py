@@ -75,6 +75,13 @@ def test_a_plan_file_is_shown_with_its_difference(loaded, bert, tmp_path, capsys
     assert compare_plans(*loaded, [spans], SENTENCE.split()).under[0].rows == [2, 7, 8]
 
 
+def test_patched_edges_of_the_shown_layer_are_its_own(loaded):
+    plan = Do.patch_edges({0: 0.125, 1: 0.25}, "sank", "storm")
+    for layer, c in enumerate((0.125, 0.25)):
+        shown = compare_plans(*loaded, [plan], SENTENCE.split(), layer=layer).under[0].attention
+        assert shown[SENTENCE.split().index("sank"), SENTENCE.split().index("storm")].item() == pytest.approx(c)
+
+
 def test_a_sweep_is_that_of_the_readout(loaded, bert, capsys):
     command = ["sweep", "--model", bert, "--text", SENTENCE, "--top", "5", "--layers", "1"]
     assert cli.main(command) == 0

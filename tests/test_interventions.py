@@ -31,7 +31,7 @@ from causalattn import Do, Plan
 from causalattn.reference import attention as reference_attention
 from causalattn.reference import interventions as reference
 
-KINDS = st.sampled_from(["soft", "cut", "cut_span", "column", "edges", "hard", "causal"])
+KINDS = st.sampled_from(["soft", "cut", "cut_span", "column", "edges", "hard", "causal", "patch"])
 STRENGTHS = st.sampled_from([-30.0, -1.5, 0.0, 0.3, 4.0, 200.0])
 
 
@@ -44,9 +44,11 @@ def choices(draw):
 
 
 def surgery(chosen, seen, H):
-    """A plan, and what it means: what every score gains, [B, H, T, S], and the forced key, −1 for none, [B, H, T]."""
+    """A plan, and what it means: what every score gains, [B, H, T, S], the forced key, −1 for none, [B, H, T], and the
+    probabilities that edges are given, NaN for none, [B, H, T, S].
+    """
     B, T, S = seen.shape
-    gain, forced = np.zeros((B, H, T, S)), np.full((B, H, T), -1)
+    gain, forced, shares = np.zeros((B, H, T, S)), np.full((B, H, T), -1), np.full((B, H, T, S), np.nan)
     plan = Plan()
     for kind, at, to, strength, head, batch in chosen:
         heads, batches = (slice(None) if x is None else slice(x, x + 1) for x in (head, batch))
@@ -70,7 +72,13 @@ def surgery(chosen, seen, H):
         elif allowed[i, j] and row >= 0:
             if kind == "hard" and (forced[here[:3]] >= 0).any():
                 continue
-            if kind == "soft":
+            if kind == "patch":
+                if (~np.isnan(shares[here])).any() or np.nansum(shares[here[:3]], -1).max(initial=0) > 0.5:
+                    continue
+                c = np.linspace(0, 0.5, B * H).reshape(B, H)
+                plan += Do.patch_edges(torch.from_numpy(c)[..., None, None], row, j, **scope)
+                shares[here] = c[batches, heads]
+            elif kind == "soft":
                 plan, gain[here] = plan + Do.soft(row, j, strength, **scope), gain[here] + strength
             elif kind == "hard":
                 plan, forced[here[:3]] = plan + Do.hard(row - S, j - S, **scope), j
@@ -79,25 +87,27 @@ def surgery(chosen, seen, H):
                 gain[here] = -np.inf
     onto = np.take_along_axis(gain, np.maximum(forced, 0)[..., None], -1)[..., 0]
     hard = (forced >= 0) & np.isneginf(onto)
-    return (None if hard.any() or not plan.items else plan), gain, forced
+    refused = hard.any() or np.isneginf(gain[~np.isnan(shares)]).any()
+    return (None if refused or not plan.items else plan), gain, forced, shares
 
 
 def check(backend, q, k, v, mask, chosen, **options):
     """out, lse and A within twice the error of torch, which takes the softmax of the changed scores."""
     H, S = q.shape[1], k.shape[2]
     seen = mask.resolve(q.shape[2], S, device=DEVICE).to_dense(S).expand(q.shape[0], -1, -1)
-    plan, gain, forced = surgery(chosen, to_numpy(seen), H)
+    plan, gain, forced, shares = surgery(chosen, to_numpy(seen), H)
     if plan is None:
         return
     arrays = {name: to_numpy(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     sink = arrays.pop("sink", None)
     scores = reference_attention.scores(*map(to_numpy, (q, k)), to_numpy(seen), **arrays)
-    expected = reference.attention(scores, to_numpy(v), gain, forced, sink)
+    expected = reference.attention(scores, to_numpy(v), gain, forced, sink, shares)
     result = ca.attention(q, k, v, mask=mask, do=plan, return_probs=True, backend=backend, **options)
 
     wide = torch.promote_types(q.dtype, torch.float32)
     plain = plain_scores(q, k, seen, **{n: x for n, x in options.items() if n != "sink"}).to(wide)
-    rival = [torch.from_numpy(x) for x in reference.attention(to_numpy(plain), to_numpy(v), gain, forced, sink)]
+    rival = reference.attention(to_numpy(plain), to_numpy(v), gain, forced, sink, shares)
+    rival = [torch.from_numpy(x) for x in rival]
     # an exponent is rounded by its size, to which strengths and the sink add
     exponent = np.abs(gain[np.isfinite(gain)]).max(initial=0.0) + (0 if sink is None else np.abs(sink).max())
     roundings = score_roundings(q, k, options.get("scale")) + exponent
@@ -237,7 +247,7 @@ def test_gradients_of_the_kernels_are_those_of_float64(backend):
 def test_statistics_are_those_of_the_changed_map(backend, name, chosen, seed):
     q, k, v = make_qkv(2, 2, 1, 33, 33, 16, seed=seed)
     mask = make_mask(name, 2, 33)
-    plan, _, _ = surgery(chosen, to_numpy(mask.to_dense(33, 33).expand(2, -1, -1)), 2)
+    plan, *_ = surgery(chosen, to_numpy(mask.to_dense(33, 33).expand(2, -1, -1)), 2)
     if plan is None:
         return
     want = [x for x in ca.AttentionStats._fields if x != "asymmetry"]

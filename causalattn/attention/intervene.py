@@ -4,6 +4,8 @@ With p = A_ij, λ_j what the score of key j gains (−∞ where it is cut) and W
 
     o' = (o + Σ_j p_j (e^{λ_j} − 1) v_j) / (1 + W),  lse' = lse + log(1 + W);  hard onto j: o' = v_j, lse' = S_ij
 
+Edges that take probabilities c of another run are cut first: then o' = (1 − Σ c) o + Σ c v_j.
+
 Where the keys that lose had most of a row, the difference has lost digits: the keys that stay as they are, which lie in
 runs between the others, are attended again and merged by their lse. On a GPU, whose values cannot be looked at without
 waiting for them, so is every row that loses anything.
@@ -20,6 +22,7 @@ from ..interventions.edges import Surgery, check_edits
 from ..interventions.groups import Group, groups
 from ..interventions.receipt import Moved
 from ..interventions.scores import Pairs
+from ..interventions.shares import blend
 from .forward import attend
 
 # the share from which on a row is formed again; up to it an error of o grows 1 / (1 − share) times
@@ -62,6 +65,8 @@ class _Heads:
         self.pairs = Pairs(surgery.pairs, inputs.q, inputs.k, inputs.logits)
         self.hot = HOT if inputs.q.itemsize > 2 else HOT_16_BIT
         self.mass, self.kl = torch.zeros_like(self.before), torch.zeros_like(self.before)
+        # what patched edges were given in rows that have nothing else
+        self.whole = torch.zeros_like(self.before)
 
     def operate(self) -> None:
         device = self.lse.device
@@ -90,9 +95,8 @@ class _Heads:
         rows, lse, out = group.rows, self.lse[:, group.rows], self.out[:, group.rows]
         s, allowed = self.pairs.scores(rows, group.keys, {})
         strength = group.strength.to(self.dtype)
-        if self.surgery.key_edits:
-            strength = strength + (self.pairs.scores(rows, group.keys, self.surgery.key_edits)[0] - s)
-        strength = torch.where(allowed, strength, 0)
+        edited = self.pairs.scores(rows, group.keys, self.surgery.key_edits)[0] if self.surgery.key_edits else s
+        strength = torch.where(allowed, strength + (edited - s), 0)
         values = self.pairs.taken(self.inputs.v, group.keys, allowed)
 
         filled = lse.detach() > -torch.inf
@@ -114,16 +118,22 @@ class _Heads:
 
         gained = torch.where(allowed, s + strength, -torch.inf)
         new_out, new_lse, kept = self._form_again(group, again, gained, values, (new_out, new_lse, kept))
+        if len(self.surgery.shares.row):
+            shares = self.surgery.shares.of(rows, group.keys, self.inputs.k.shape[2])
+            mixed = blend(shares, edited, allowed, new_lse, self.pairs.sink)
+            new_out = mixed.left[..., None] * new_out + (mixed.c[..., None] * values).sum(-2)
+            new_lse, kept = mixed.lse, kept.masked_fill(mixed.whole > 0, 0)
+            gained = torch.where(mixed.given, torch.log(mixed.c) + new_lse[..., None], gained)
+            gained = gained.masked_fill((mixed.whole > 0)[..., None] & ~mixed.given, -torch.inf)
+            strength = torch.where(mixed.given, gained - s, strength)
+            self.whole = self.whole.index_copy(1, rows, mixed.whole)
         self._account(rows, p, strength, gained, kept.clamp(0, 1), new_lse)
         self.out = self.out.index_copy(1, rows, new_out)
         self.lse = self.lse.index_copy(1, rows, new_lse)
 
     def _held(self, lse: Tensor) -> Tensor:
         """What share of each row its keys have, all but a learned sink's: [P, R]."""
-        sink = self.inputs.logits.sink
-        if sink is None:
-            return torch.ones_like(lse.detach())
-        return -torch.expm1((sink.detach()[self.pairs.h].to(self.dtype)[:, None] - lse.detach()).clamp(max=0))
+        return -torch.expm1((self.pairs.sink.detach()[:, None] - lse.detach()).clamp(max=0))
 
     def _form_again(self, group: Group, again: Tensor, gained: Tensor, values: Tensor, closed: tuple) -> tuple:
         """out, lse and what share the other keys had, with the rows that again marks put in; gained is S + λ."""
@@ -154,10 +164,7 @@ class _Heads:
 
     def _sink(self, n: int, like: Tensor) -> Tensor:
         """Head n's learned sink, −∞ without one."""
-        sink = self.inputs.logits.sink
-        if sink is None:
-            return torch.full_like(like, -torch.inf)
-        return sink[self.surgery.pairs[n, 1]].to(like.dtype).expand_as(like)
+        return self.pairs.sink[n].to(like.dtype).expand_as(like)
 
     def _between(self, n: int, rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Head n's out [R, m + 1, V] and lse [R, m + 1] of the keys around m runs, empty ones left out."""
@@ -216,6 +223,10 @@ class _Heads:
         gain[cuts.row[(cuts.low <= key) & (key < cuts.high)]] = -torch.inf
         allowed = allowed & (self.lse.detach() > -torch.inf)
         p = torch.where(allowed, torch.exp(s + gain.to(s) - torch.where(allowed, self.lse, 0)), 0)
+        shares = self.surgery.shares.of(*edges, self.inputs.k.shape[2])[..., 0]
+        given, alone = allowed & ~shares.isnan(), self.whole > 0
+        c = torch.where(given, shares.to(s), 0) / self.whole.where(alone, 1)
+        p = torch.where(given, c, p.masked_fill(alone, 0))
         row = hard.row.to(rows.device)
         onto = (hard.key == key).to(p).expand(len(p), -1)
         p = p.index_copy(1, row, torch.where(self.forced, onto, p[:, row]))

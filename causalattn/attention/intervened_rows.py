@@ -8,6 +8,7 @@ from .._checks import Logits
 from ..interventions.edges import Surgery, check_edits
 from ..interventions.groups import Group, groups
 from ..interventions.scores import Pairs
+from ..interventions.shares import blend
 from .forward import attend
 
 
@@ -16,13 +17,13 @@ def edited_rows(
 ) -> tuple[Tensor, Tensor]:
     """A' of q's chosen rows, in any order and with repeats, and their lse: [B, H, R, S], [B, H, R]; differentiable."""
     check_edits(surgeries, k.shape[3], None)
-    shape = (*q.shape[:2], len(rows))
-    gain = torch.zeros(*shape, k.shape[2], dtype=accumulator(q), device=q.device)
+    shape, S = (*q.shape[:2], len(rows)), k.shape[2]
+    gain = torch.zeros(*shape, S, dtype=accumulator(q), device=q.device)
     key, allowed = torch.zeros(shape, dtype=torch.int64, device=q.device), torch.zeros_like(gain[..., 0]).bool()
     forced_score = torch.zeros_like(gain[..., 0])
-    for surgery in surgeries:
-        pairs = Pairs(surgery.pairs, q, k, logits)
-        for group in groups(surgery, k.shape[2], q.device):
+    every = [(surgery, Pairs(surgery.pairs, q, k, logits)) for surgery in surgeries]
+    for surgery, pairs in every:
+        for group in groups(surgery, S, q.device):
             here = (pairs.b, pairs.h)
             gain = gain.index_put(here, gain[here] + _gain(surgery, pairs, group, rows))
         onto = _lookup(surgery.hard.row, surgery.hard.key, q.shape[2]).to(q.device)[rows]
@@ -32,7 +33,12 @@ def edited_rows(
     part = logits.of_rows(rows, k.shape[2], accumulator(q))
     bias = gain if part.bias is None else part.bias + gain
     _, lse, _, _, probs = attend(q[:, :, rows], k, None, *part._replace(bias=bias), dtype, backend)
-    if not allowed.numel() or not k.shape[2]:
+    for surgery, pairs in every:
+        for group in groups(surgery, S, q.device) if len(surgery.shares.row) else []:
+            here = (pairs.b, pairs.h)
+            mixed, total = _blended(surgery, pairs, group, rows, probs[here], lse[here])
+            probs, lse = probs.index_put(here, mixed), lse.index_put(here, total)
+    if not allowed.numel() or not S:
         return probs, lse
     one_hot = torch.zeros_like(probs).scatter(-1, key[..., None], 1)
     return torch.where(allowed[..., None], one_hot, probs), torch.where(allowed, forced_score, lse)
@@ -56,6 +62,21 @@ def _gain(surgery: Surgery, pairs: Pairs, group: Group, rows: Tensor) -> Tensor:
         edited, plain = (pairs.scores(rows, keys, edits)[0] for edits in (surgery.key_edits, {}))
         gain = gain.scatter_add(2, keys.expand(len(pairs.b), -1, -1), edited - plain)
     return gain[..., :S]
+
+
+def _blended(
+    surgery: Surgery, pairs: Pairs, group: Group, rows: Tensor, probs: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Probabilities [P, R, S] and lse [P, R] of chosen rows, with one group's patched keys at their shares."""
+    S = probs.shape[2]
+    at = _lookup(group.rows.cpu(), torch.arange(len(group.rows)), pairs.q.shape[2]).to(rows.device)[rows]
+    keys = group.keys[at.clamp(min=0)].masked_fill((at < 0)[:, None], -1)
+    s, allowed = pairs.scores(rows, keys, surgery.key_edits)
+    mixed = blend(surgery.shares.of(rows, keys, S), s, allowed, lse, pairs.sink)
+    # the last column takes what belongs to no key
+    where = keys.masked_fill(keys < 0, S).expand_as(mixed.c)
+    c = torch.zeros(*probs.shape[:2], S + 1, dtype=mixed.c.dtype, device=rows.device).scatter(2, where, mixed.c)
+    return (mixed.left[..., None] * probs + c[..., :S]).to(probs.dtype), mixed.lse.to(lse.dtype)
 
 
 def _lookup(rows: Tensor, values: Tensor, T: int) -> Tensor:

@@ -21,14 +21,14 @@ from ..statistics.results import (
     wanted,
 )
 from .arguments import heads_of
-from .interventions import do_cut, do_hard, do_soft
+from .interventions import do_cut, do_hard, do_patch, do_soft
 from .offsets import offset_means
 from .pairs import PAIRS, dense_pairs
 from .rows import ROWS, dense_rows
 
 __all__ = [
-    "asymmetry", "asymmetry_matrix", "attention_stats", "dag_score", "do_cut", "do_hard", "do_soft", "offset_null",
-    "permutation_null",
+    "asymmetry", "asymmetry_matrix", "attention_stats", "dag_score", "do_cut", "do_hard", "do_patch", "do_soft",
+    "offset_null", "permutation_null",
 ]  # fmt: skip
 
 

@@ -76,6 +76,36 @@ def do_cut(A: Tensor, row: int, col: int) -> Tensor:
     return _tilted(A, row, col, -math.inf)
 
 
+def do_patch(A: Tensor, row: int, col: int, probability: float | Tensor) -> Tensor:
+    """Give one edge another probability, the rest of the row rescaled to keep its sum: a patch from another map.
+
+        A'_ij = c, A'_ik = A_ik (r − c)/(r − A_ij) with r = Σ_k A_ik; c is r where nothing else is left
+
+    Args:
+        A, row, col: as in `do_hard`.
+        probability: c, from 0 to r: a number, or a tensor that broadcasts to A's batch and heads, such as B[..., i, j].
+
+    Returns, Raises:
+        As `do_hard`; ValueError for a probability out of range, which of a tensor on a GPU is not looked at.
+
+    Example:
+        >>> do_patch(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), 1, 0, 0.2)
+        tensor([[1.0000, 0.0000],
+                [0.2000, 0.8000]])
+    """
+    row, col = _place(A, row, col)
+    x = A[..., row, :].to(accumulator(A))
+    c = torch.as_tensor(probability, dtype=x.dtype, device=A.device).broadcast_to(x.shape[:-1])[..., None]
+    key = torch.arange(x.shape[-1], device=A.device) == col
+    others, total = x.masked_fill(key, 0), x.sum(-1, keepdim=True)
+    if not A.is_cuda and not ((c >= 0) & (c <= total + 0.01)).all():
+        raise ValueError(f"probability must be from 0 to the row's sum, got {c.min():.4g} to {c.max():.4g}")
+    kept = others.sum(-1, keepdim=True)
+    alone = kept == 0
+    c = torch.where(alone, total, torch.minimum(c, total))
+    return _with_row(A, row, torch.where(key, c, others * ((total - c) / kept.masked_fill(alone, 1))))
+
+
 def _tilted(A: Tensor, row: int, col: int, strength: float) -> Tensor:
     row, col = _place(A, row, col)
     x = A[..., row, :].to(accumulator(A))

@@ -1,5 +1,6 @@
 """A plan resolved for one call: what each query row loses and gains, once for all heads that share it."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from .._checks import Logits
 from .address import parse_span
-from .plan import Item, Plan, check_plan
+from .plan import ROUNDING, Item, Plan, check_plan
+from .runs import Runs, Softs, covered, merged, summed
 from .scores import forbidden
+from .shares import Shares
 
 
 class Frame(NamedTuple):
@@ -53,26 +56,11 @@ class Call(NamedTuple):
         return counted[b, h, at, torch.maximum(low, high)] - counted[b, h, at, low]
 
 
-class Runs(NamedTuple):
-    """Query row[n] and keys low[n] ≤ j < high[n], int64."""
-
-    row: Tensor
-    low: Tensor
-    high: Tensor
-
-
-class Softs(NamedTuple):
-    """Query row[n] gets strength[n] on key[n]; with an edit of that key, what the edit adds too."""
-
-    row: Tensor
-    key: Tensor
-    strength: Tensor
-
-
 class Surgery(NamedTuple):
     """What is done to the same rows of several heads; pairs [P, 2] are their sequences and heads.
 
-    cuts are merged and sorted by row, softs unique and sorted, on no cut key; hard holds one key a row.
+    cuts are merged and sorted by row, softs unique and sorted, on no cut key; hard holds one key a row. Keys that have
+    shares are softs too, of strength −∞: the rest of the row is what is left without them.
     key_edits and value_edits: the vector added to each key position's k or v. patches: rows and where they come from.
     """
 
@@ -80,6 +68,7 @@ class Surgery(NamedTuple):
     cuts: Runs
     softs: Softs
     hard: Softs
+    shares: Shares
     key_edits: dict[int, Tensor]
     value_edits: dict[int, Tensor]
     patches: list[tuple[Tensor, Tensor]]
@@ -135,7 +124,7 @@ def resolve(plan: Plan, call: Call, frames: Sequence[Frame], layer: int | None =
     found: list[list[Tensor]] = [[] for _ in plan.items]
     for (chosen, frame), some in sets.items():
         pairs = torch.tensor(some)
-        parts = [(plan.items[n], _entries(plan.items[n], call, frame)) for n in chosen]
+        parts = [(plan.items[n], _entries(plan.items[n], call, frame, layer)) for n in chosen]
         for n, (item, part) in zip(chosen, parts, strict=True):
             found[n].append(_allowed(item, part, pairs, call))
         surgeries.append(_surgery(parts, pairs, call, frame, layer))
@@ -157,7 +146,7 @@ def _check_scope(item: Item, call: Call) -> None:
             raise ValueError(f"{name} of {item} must be from 0 to {count - 1}, got {list(chosen)}")
 
 
-def _entries(item: Item, call: Call, frame: Frame) -> Runs:
+def _entries(item: Item, call: Call, frame: Frame, layer: int | None) -> Runs:
     """The rows an item touches and the keys it touches there, before the mask has its say."""
     if item.edges is not None:
         # one by one, for a number named twice is one number but an edge is both of its numbers
@@ -165,15 +154,20 @@ def _entries(item: Item, call: Call, frame: Frame) -> Runs:
         named = [[_numbers(name, (i,), count, item)[0] for i in x] for x, (name, count) in zip(*sides, strict=True)]
         rows, cols = zip(*dict.fromkeys(zip(*named, strict=True)), strict=True)
         row, low = (torch.tensor(x, dtype=torch.int64) + frame.origin for x in (rows, cols))
-        return _within(row - call.offset, low, low + 1, item, call, frame)
+        place = torch.stack([torch.zeros_like(row), torch.arange(len(row))], 1)
+        entries = _within(Runs(row - call.offset, low, low + 1, place), item, call, frame)
+        if item.do == "patch_edges" and len(row) < len(item.edges):
+            raise ValueError(f"{item} names an edge twice")
+        return _sourced(entries, (1, len(row)), item, call, layer)
     row = _positions("row", item.row, frame.rows, call.T + call.offset - frame.origin, item, call.strict)
     row = torch.arange(call.T) if row is None else row + (frame.origin - call.offset)
     if item.do == "causal":
         return Runs(row, (row + call.offset + 1).clamp(0, call.S), torch.full_like(row, call.S))
     key = _positions("col", item.col, frame.keys, call.S - frame.origin, item, call.strict)
     if key is None:
-        return _within(row, torch.zeros_like(row), torch.full_like(row, call.S), item, call, frame)
-    key = key.sort().values + frame.origin
+        return _within(Runs(row, torch.zeros_like(row), torch.full_like(row, call.S)), item, call, frame)
+    key, order = key.sort()
+    key = key + frame.origin
     if item.do == "cut":
         # neighbours as one run
         first = torch.cat([torch.ones_like(key[:1], dtype=torch.bool), key.diff() > 1]).nonzero()[:, 0]
@@ -181,8 +175,14 @@ def _entries(item: Item, call: Call, frame: Frame) -> Runs:
         high = torch.cat([key[first[1:] - 1], key[-1:]]) + 1
     else:
         low, high = key, key + 1
+    # rows of which all are meant count as tokens do
+    number = row + (call.offset - frame.origin) if item.row is None and not call.strict else torch.arange(len(row))
+    place = torch.stack([number.repeat_interleave(len(order)), order.repeat(len(row))], 1)
     row, low, high = row.repeat_interleave(len(low)), low.repeat(len(row)), high.repeat(len(row))
-    return _within(row, low, high, item, call, frame)
+    if item.do != "patch_edges":
+        return _within(Runs(row, low, high), item, call, frame)
+    entries = _within(Runs(row, low, high, place), item, call, frame)
+    return _sourced(entries, (len(number), len(order)), item, call, layer)
 
 
 def _positions(name: str, where, count: int, present: int, item: Item, strict: bool) -> Tensor | None:
@@ -208,7 +208,8 @@ def _numbers(name: str, numbers: tuple[int, ...], count: int, item: Item, end: b
     return list(dict.fromkeys(counted))
 
 
-def _within(row: Tensor, low: Tensor, high: Tensor, item: Item, call: Call, frame: Frame) -> Runs:
+def _within(entries: Runs, item: Item, call: Call, frame: Frame) -> Runs:
+    row, low, high, place = entries
     if call.strict:
         sides = (("row", row, call.T, call.offset - frame.origin), ("col", low, call.S, -frame.origin))
         for name, x, count, shift in sides:
@@ -216,7 +217,7 @@ def _within(row: Tensor, low: Tensor, high: Tensor, item: Item, call: Call, fram
                 wrong = int(x.min()) if x.min() < 0 else int(x.max())
                 raise ValueError(f"{name} of {item} must be from {shift} to {count - 1 + shift}, got {wrong + shift}")
     here = (row >= 0) & (row < call.T) & (high > 0) & (low < call.S)
-    return Runs(row[here], low[here].clamp(min=0), high[here].clamp(max=call.S))
+    return Runs(row[here], low[here].clamp(min=0), high[here].clamp(max=call.S), None if place is None else place[here])
 
 
 def _allowed(item: Item, entries: Runs, pairs: Tensor, call: Call) -> Tensor:
@@ -224,7 +225,7 @@ def _allowed(item: Item, entries: Runs, pairs: Tensor, call: Call) -> Tensor:
     if item.do in ("head_off", "patch"):
         return torch.ones(len(pairs), min(1, len(entries.row)), dtype=torch.int64)
     start, stop = (call.of_pairs(bound, pairs, entries.row) for bound in (call.start, call.stop))
-    low, high = (x.to(start.device) for x in entries[1:])
+    low, high = (x.to(start.device) for x in entries[1:3])
     low, high = torch.maximum(low, start), torch.minimum(high, stop)
     count = (high - low).clamp_(min=0)
     return count if call.bias is None or not count.numel() else count - call.shut(pairs, entries.row, low, high)
@@ -245,19 +246,22 @@ def _surgery(parts: list[tuple[Item, Runs]], pairs: Tensor, call: Call, frame: F
     def of(*kinds: str) -> list[tuple[Item, Runs]]:
         return [(item, entries) for item, entries in parts if item.do in kinds]
 
-    cuts = _merged([entries for _, entries in of("cut", "causal")], call.S)
-    softs = _summed([(e, item.strength or 0.0) for item, e in of("soft", "key_edit")], call.S)
+    cuts = merged([entries for _, entries in of("cut", "causal")], call.S)
+    shares = _shares(of("patch_edges"), pairs, call, frame, layer)
+    removed = [(e, -math.inf) for _, e in of("patch_edges")]
+    softs = summed([(e, item.strength or 0.0) for item, e in of("soft", "key_edit")] + removed, call.S)
     # what is cut has no score left to raise
-    softs = Softs(*(x[~_covered(cuts, softs, call.S)] for x in softs))
-    hard = _summed([(e, 0.0) for _, e in of("hard")], call.S)
+    softs = Softs(*(x[~covered(cuts, softs, call.S)] for x in softs))
+    hard = summed([(e, 0.0) for _, e in of("hard")], call.S)
     if (hard.row.diff() == 0).any():
         row = int(hard.row[1:][hard.row.diff() == 0][0]) + call.offset - frame.origin
         raise ValueError(f"a row takes one hard do, got two on row {row}")
-    if (onto := _covered(cuts, hard, call.S)).any():
-        row, key = (int(x[onto][0]) for x in hard[:2])
-        raise ValueError(
-            f"row {row + call.offset - frame.origin} has a hard do onto key {key - frame.origin}, which is cut"
-        )
+    for what, x in (("hard do", hard), ("patch", shares)):
+        if (onto := covered(cuts, x, call.S)).any():
+            row, key = (int(x[onto][0]) for x in x[:2])
+            raise ValueError(
+                f"row {row + call.offset - frame.origin} has a {what} onto key {key - frame.origin}, which is cut"
+            )
     edits = {kind: _edits([(e, item.delta) for item, e in of(kind)]) for kind in ("key_edit", "value_edit")}
     patches = [(e.row.unique(), _source(item, layer)) for item, e in of("patch") if len(e.row)]
     off = [item.value for item, _ in of("head_off")]
@@ -266,42 +270,7 @@ def _surgery(parts: list[tuple[Item, Runs]], pairs: Tensor, call: Call, frame: F
     every = torch.arange(call.T)
     real = call.of_pairs(call.stop, pairs, every) > call.of_pairs(call.start, pairs, every)
     edited = (edits["key_edit"], edits["value_edit"])
-    return Surgery(pairs, cuts, softs, hard, *edited, patches, off[0] if off else None, real)
-
-
-def _merged(parts: list[Runs], S: int) -> Runs:
-    """Overlapping and touching runs of a row as one, sorted."""
-    if not parts:
-        return Runs(*torch.empty(3, 0, dtype=torch.int64))
-    row, low, high = (torch.cat(x) for x in zip(*parts, strict=True))
-    base = row * (S + 2)
-    order = (base + low).argsort(stable=True)
-    row, base, low = row[order], base[order], (base + low)[order]
-    reach = (base + high[order]).cummax(0).values
-    new = torch.ones_like(row, dtype=torch.bool)
-    new[1:] = low[1:] > reach[:-1]
-    first = new.nonzero()[:, 0]
-    last = torch.cat([first[1:] - 1, torch.tensor([len(row) - 1])]) if len(row) else first
-    return Runs(row[first], (low - base)[first], (reach - base)[last])
-
-
-def _summed(parts: list[tuple[Runs, float]], S: int) -> Softs:
-    """The single keys of runs, each once, with the sum of what is put on it."""
-    row = torch.cat([torch.empty(0, dtype=torch.int64), *(entries.row for entries, _ in parts)])
-    key = torch.cat([torch.empty(0, dtype=torch.int64), *(entries.low for entries, _ in parts)])
-    each = torch.cat([torch.empty(0, dtype=torch.float64), *(torch.full((len(e.row),), x).double() for e, x in parts)])
-    place, inverse = (row * (S + 2) + key).unique(return_inverse=True)
-    strength = torch.zeros(len(place), dtype=torch.float64).index_add_(0, inverse, each)
-    return Softs(place // (S + 2), place % (S + 2), strength)
-
-
-def _covered(cuts: Runs, keys: Softs, S: int) -> Tensor:
-    """Which of the keys lie in a cut run of their row."""
-    if not len(cuts.row):
-        return torch.zeros_like(keys.row, dtype=torch.bool)
-    place = keys.row * (S + 2) + keys.key
-    run = torch.searchsorted(cuts.row * (S + 2) + cuts.low, place, right=True) - 1
-    return (run >= 0) & (place < (cuts.row * (S + 2) + cuts.high)[run.clamp(min=0)])
+    return Surgery(pairs, cuts, softs, hard, shares, *edited, patches, off[0] if off else None, real)
 
 
 def _edits(parts: list[tuple[Runs, Tensor]]) -> dict[int, Tensor]:
@@ -310,6 +279,61 @@ def _edits(parts: list[tuple[Runs, Tensor]]) -> dict[int, Tensor]:
         for key in entries.low.unique().tolist():
             edits[key] = edits[key] + delta if key in edits else delta
     return edits
+
+
+def _shares(parts: list[tuple[Item, Runs]], pairs: Tensor, call: Call, frame: Frame, layer: int | None) -> Shares:
+    """What the items' sources say of each pair's edges."""
+    device = call.start.device
+    row, key = (torch.cat([torch.empty(0, dtype=torch.int64), *(e[n] for _, e in parts)]) for n in (0, 1))
+    values = [torch.empty(len(pairs), 0, device=device)]
+    for item, entries in parts:
+        source = _on_edges(item, layer)
+        b, h, i, j = (x % n for x, n in zip((*pairs.T, *entries.place.T), source.shape, strict=True))
+        values.append(source[b[:, None], h[:, None], i, j].to(device))
+    value = torch.cat(values, 1)
+    if not value.is_cuda:
+        open_ = torch.cat([torch.empty(len(pairs), 0), *(_allowed(item, e, pairs, call) for item, e in parts)], 1) > 0
+        sums = torch.zeros(len(pairs), call.T, dtype=torch.float64)
+        sums.index_add_(1, row, torch.where(open_, value.detach(), 0).double())
+        if (sums > 1 + ROUNDING).any():
+            most, where = sums.amax(0).max(0)
+            at = int(where) + call.offset - frame.origin
+            raise ValueError(f"patched probabilities must sum to at most 1 in a row, got {float(most):.4g} on row {at}")
+    place, order = (row * (call.S + 2) + key).sort()
+    if (place.diff() == 0).any():
+        first = order[1:][place.diff() == 0][0]
+        edge = int(row[first]) + call.offset - frame.origin, int(key[first]) - frame.origin
+        raise ValueError(f"an edge takes one patch, got two on {edge}")
+    return Shares(row[order], key[order], value[:, order.to(device)])
+
+
+def _sourced(entries: Runs, named: tuple[int, int], item: Item, call: Call, layer: int | None) -> Runs:
+    """The entries that the source of a patch has probabilities for; named is how many rows and columns there are."""
+    if item.do != "patch_edges":
+        return entries
+    shape = _on_edges(item, layer).shape
+    fixed = [call.strict or item.edges is not None or not _is_open(where) for where in (item.row, item.col)]
+    wanted = (call.B, call.H, *named)
+    for count, most, is_fixed in zip(shape, wanted, (True, True, *fixed), strict=True):
+        if is_fixed and count not in (1, most):
+            raise ValueError(f"source of {item} must broadcast to {list(wanted)}, got {list(shape)}")
+    sizes = torch.tensor(shape[2:])
+    kept = ((entries.place >= 0) & ((entries.place < sizes) | (sizes == 1))).all(1)
+    return Runs(*(x[kept] for x in entries))
+
+
+def _on_edges(item: Item, layer: int | None) -> Tensor:
+    """The source of a patch of edges, [B or 1, H or 1, rows or 1, cols or 1]."""
+    source = _source(item, layer)
+    if item.edges is None:
+        return source[(None,) * (4 - source.ndim)]
+    if source.ndim > 3:
+        raise ValueError(f"source of {item} must have at most 3 axes [B, H, edges], got {list(source.shape)}")
+    return source[(None,) * (3 - source.ndim)][:, :, None]
+
+
+def _is_open(where: tuple[int, ...] | str | None) -> bool:
+    return where is None or (isinstance(where, str) and parse_span(where).stop is None)
 
 
 def _source(item: Item, layer: int | None) -> Tensor:

@@ -12,14 +12,18 @@ from torch import Tensor
 from .address import is_span, locate, parse_address, parse_span
 
 Where = int | Sequence[int] | slice | str | None
+Shares = float | Sequence | Tensor
 VERSION = 1
+# by how much probabilities in 16 bits may sum to more than 1
+ROUNDING = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
     """One intervention: what is done, and where; None is everywhere.
 
-    row and col are token numbers, a text that names tokens, or "[2:7]" for a span; edges are (row, col) pairs.
+    row and col are token numbers, a text that names tokens, or "[2:7]" for a span; edges are (row, col) pairs. source
+    has outputs for a patch, [B or 1, H, T, V], and probabilities for patch_edges, [B or 1, H or 1, rows, cols].
     """
 
     do: str
@@ -36,12 +40,17 @@ class Item:
 
     def __str__(self) -> str:
         places = [_shown(x) for x in (self.row, self.col, self.edges) if x is not None]
-        if self.do in ("hard", "soft", "cut") and self.edges is None:
+        if self.do in ("hard", "soft", "cut", "patch_edges") and self.edges is None:
             places = [_shown(self.row), _shown(self.col)]
         if self.strength is not None:
             places.append(f"{self.strength:g}")
         given = ((name, getattr(self, name)) for name in ("value", "heads", "layers", "batch"))
         return f"{self.do}({', '.join(places + [f'{name}={_shown(x)}' for name, x in given if x is not None])})"
+
+    def on(self, layer: int) -> "Item":
+        """The item as it is on one of its layers."""
+        source = self.source[layer] if isinstance(self.source, Mapping) else self.source
+        return replace(self, layers=None, source=source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +109,7 @@ class Plan:
         """The plan as JSON that `from_json` reads.
 
         Raises:
-            TypeError: a patch, whose tensors belong in no text file.
+            TypeError: a patch of outputs, whose tensors belong in no text file.
         """
         return json.dumps({"version": VERSION, "items": [_written(item) for item in self.items]}, ensure_ascii=False)
 
@@ -201,12 +210,30 @@ class Do:
             raise TypeError("source must be a tensor [B, H, T, V], or a mapping of layers to such tensors")
         return _plan("patch", heads, layers, batch, row=_where("row", row), source=source)
 
+    @staticmethod
+    def patch_edges(
+        source: Shares | Mapping[int, Shares], row: Where = None, col: Where = None, *,
+        edges=None, heads=None, layers=None, batch=None,
+    ) -> Plan:  # fmt: skip
+        """A_ij becomes c_ij of source, such as a clean run's, and the rest of the row keeps its proportions.
 
-def _edge_plan(kind: str, row: Where, col: Where, edges, heads, layers, batch, strength: float | None = None) -> Plan:
+            o_i = (1 − Σ c)·(o − Σ p v_j)/(1 − Σ p) + Σ c v_j over the row's edges, p = A_ij
+
+        source is a number, lists or a tensor that broadcast to [B, H, rows, cols], or to [B, H, edges], such as
+        `attention_rows`(…)[..., cols]; or a mapping of layers to such. In a model it may have fewer rows or columns
+        than an open span, whose others stay. It comes after cuts and softs. Where the row keeps nothing else c is
+        divided by its sum, and lse is that of the patched keys. c and its sum in a row must be from 0 to 1; on a GPU,
+        where they cannot be looked at, a larger sum is divided by itself.
+        """
+        source = _layered(source) if isinstance(source, Mapping) else _shares(source)
+        return _edge_plan("patch_edges", row, col, edges, heads, layers, batch, source=source)
+
+
+def _edge_plan(kind: str, row: Where, col: Where, edges, heads, layers, batch, **values) -> Plan:
     if edges is not None:
         if row is not None or col is not None:
             raise ValueError("edges stand in place of row and col, got both")
-        return _plan(kind, heads, layers, batch, edges=_pairs(edges), strength=strength)
+        return _plan(kind, heads, layers, batch, edges=_pairs(edges), **values)
     if isinstance(row, str) and "<-" in row:
         address = parse_address(row)
         if col is not None:
@@ -218,7 +245,7 @@ def _edge_plan(kind: str, row: Where, col: Where, edges, heads, layers, batch, s
         raise ValueError(f"{kind} needs a col, got None")
     if row is None and col is None:
         raise ValueError("cut needs a row or a col, got neither")
-    return _plan(kind, heads, layers, batch, row=_where("row", row), col=_where("col", col), strength=strength)
+    return _plan(kind, heads, layers, batch, row=_where("row", row), col=_where("col", col), **values)
 
 
 def _plan(kind: str, heads, layers, batch, **arguments) -> Plan:
@@ -287,6 +314,28 @@ def _vector(delta: Tensor | Sequence[float]) -> Tensor:
     return delta if delta.is_floating_point() else delta.double()
 
 
+def _shares(source: Shares) -> Tensor:
+    try:
+        shares = source if isinstance(source, Tensor) else torch.as_tensor(source, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"source must hold probabilities, got {source!r}") from None
+    if not shares.is_floating_point() or not shares.numel() or shares.ndim > 4:
+        raise TypeError(f"source must hold probabilities, got {shares.dtype} of shape {list(shares.shape)}")
+    if not shares.is_cuda and not ((shares >= 0) & (shares <= 1 + ROUNDING)).all():
+        raise ValueError(f"source must hold probabilities, from 0 to 1, got {shares.min():.4g} to {shares.max():.4g}")
+    return shares
+
+
+def _layered(source: Mapping) -> dict[int, Tensor]:
+    """The probabilities of each layer, whose number is text in JSON."""
+    if not source:
+        raise ValueError("source must be of at least one layer, got none")
+    for layer in source:
+        if not str(layer).isdecimal():
+            raise TypeError(f"source must map layer numbers to probabilities, got {layer!r}")
+    return {int(layer): _shares(x) for layer, x in source.items()}
+
+
 def _ablation(value: str) -> str:
     if value not in ("zero", "mean"):
         raise ValueError(f"value must be 'zero' or 'mean', got {value!r}")
@@ -300,16 +349,20 @@ def _shown(x) -> str:
 
 
 def _written(item: Item) -> dict:
-    if item.source is not None:
+    if item.do == "patch":
         raise TypeError("a patch cannot be written as JSON: it holds tensors")
     given = {field.name: getattr(item, field.name) for field in fields(item)}
     if item.delta is not None:
         given["delta"] = item.delta.tolist()
+    if isinstance(item.source, Mapping):
+        given["source"] = {layer: x.tolist() for layer, x in item.source.items()}
+    elif item.source is not None:
+        given["source"] = item.source.tolist()
     return {name: x for name, x in given.items() if x is not None}
 
 
 def _read(item) -> Plan:
-    kinds = ("hard", "soft", "cut", "causal", "key_edit", "value_edit", "head_off")
+    kinds = ("hard", "soft", "cut", "causal", "key_edit", "value_edit", "head_off", "patch_edges")
     if not isinstance(item, dict) or item.get("do") not in kinds:
         raise ValueError(f'an item must have "do" among {", ".join(kinds)}, got {item!r}')
     arguments = {name: x for name, x in item.items() if name != "do"}

@@ -14,6 +14,11 @@ class Pairs:
         self.q, self.k, self.logits, self.dtype = q, k, logits, accumulator(q)
         self.b, self.h = pairs.to(q.device).T
         self.group = self.h // (q.shape[1] // k.shape[1])
+        # each head's learned sink, −∞ without one
+        if logits.sink is None:
+            self.sink = torch.full(self.h.shape, -torch.inf, dtype=self.dtype, device=q.device)
+        else:
+            self.sink = logits.sink[self.h].to(self.dtype)
 
     def allowed(self, rows: Tensor, keys: Tensor) -> Tensor:
         """Where the mask allows them: bool [P, R, n]."""
