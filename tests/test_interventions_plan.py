@@ -26,6 +26,8 @@ def test_items_say_what_they_do():
         ("L11: [7] <- [2:5]", (7,), "[2:5]", (11,), None),
         ("sank<-storm", "sank", "storm", None, None),
         ("* <- [0]", None, (0,), None, None),
+        (": the <- x", ": the", "x", None, None),
+        ("L: x <- y", "L: x", "y", None, None),
     ],
 )
 def test_an_arrow_names_an_edge(text, row, col, layers, heads):
@@ -41,6 +43,46 @@ def test_texts_become_the_tokens_they_name():
     assert (third.row, third.col) == ((-1,), (2,))
     special = Do.cut("[CLS]", "[2:]").locate(TOKENS).items[0]
     assert (special.row, special.col) == ((0,), "[2:]")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "places"),
+    [
+        # the tail of a longer word is no word
+        (["friend", "##ship", "ship"], "ship", (2,)),
+        (["friend", "##ship", "ship"], "friendship", (0, 1)),
+        (["friend", "##ship", "ship"], "##ship", (1,)),
+        (["un", "##friend", "##ly"], "##friendly", (1, 2)),
+        (["note", ":", "the", "end"], ": the", (1, 2)),
+        # GPT-2's letters for bytes, also where a letter lies in two tokens
+        (["In", "ĠZÃ¼rich", "ĠcafÃ©"], "Zürich", (1,)),
+        (["In", "ĠZÃ¼rich", "ĠcafÃ©"], "Zürich café", (1, 2)),
+        (["In", "ĠZÃ¼rich", "ĠcafÃ©"], "cafÃ©", (2,)),
+        (["Z", "Ã", "¼", "rich"], "Zürich", (0, 1, 2, 3)),
+        (["the", "Ċ", "Ġend"], "the end", (0, 1, 2)),
+        (["caf", "##é"], "café", (0, 1)),
+        (["▁Z", "<0xC3>", "<0xBC>", "rich"], "Zürich", (0, 1, 2, 3)),
+        # a lone ▁ is a blank
+        (["▁in", "▁", "東京", "▁", "駅"], "in 東京駅", (0, 1, 2, 3, 4)),
+        (["▁in", "▁", "東京", "▁"], "東京", (2,)),
+    ],
+)
+def test_texts_of_every_tokenizer(tokens, text, places):
+    assert Do.cut(text, 0).locate(tokens).items[0].row == places
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "says"),
+    [
+        (["friend", "##ship"], "ship", "'ship' is not among the tokens friend ship"),
+        (["ĠZÃ¼rich", "ĠcafÃ©"], "Bern", "'Bern' is not among the tokens Zürich café"),
+        (["caf", "##é"], "Bern", "'Bern' is not among the tokens caf é"),
+        (["##", "a"], "##", "'##' is not among the tokens  a"),
+    ],
+)
+def test_tokens_are_shown_as_they_are_read(tokens, text, says):
+    with pytest.raises(ValueError, match=says):
+        Do.cut(text, 0).locate(tokens)
 
 
 @pytest.mark.parametrize(

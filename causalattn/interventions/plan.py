@@ -93,8 +93,10 @@ class Plan:
         """The same plan with every text replaced by the numbers of the tokens it names.
 
         Args:
-            tokens: one sequence's real tokens, as a tokenizer gives them; their word marks (Ġ, ▁, ##) do not count. A
-                text may name several tokens in a row; "ship#2" is its second occurrence.
+            tokens: one sequence's real tokens, as a tokenizer gives them; their word marks (Ġ, ▁) do not count, and
+                the letters of a byte-level vocabulary are read as the bytes they stand for. A text may name several
+                tokens in a row, from the beginning of a word on; "##ship" is a word's continuation, and "ship#2" the
+                second occurrence.
 
         Raises:
             ValueError: a text that occurs never, or more than once without saying which.
