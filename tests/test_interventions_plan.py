@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_qkv
@@ -140,6 +141,13 @@ def test_a_plan_file_that_is_wrong_says_so(text, says):
         (lambda: Do.soft(1, 0, float("nan")), ValueError, "strength must be finite"),
         (lambda: Do.soft(1, None, 1.0), ValueError, "soft needs a col, got None"),
         (lambda: Do.cut(), ValueError, "cut needs a row or a col, got neither"),
+        (lambda: Do.soft(1, 0, 10**400), ValueError, r"strength must be finite .*, got inf"),
+        (lambda: Do.soft(1, 0, np.ones(2)), TypeError, "strength must be a number, got ndarray"),
+        (lambda: Do.soft(1, 0, True), TypeError, "strength must be a number, got bool"),
+        (lambda: Do.cut(np.array([1.5]), 0), TypeError, "row must be a number or numbers, got array"),
+        (lambda: Do.cut(np.True_, 0), TypeError, "row must be a number or numbers, got np.True_"),
+        (lambda: Do.cut(slice(0.5, 2), 0), TypeError, r"row must be a span between two numbers, got slice\(0.5, 2"),
+        (lambda: Do.cut(edges=np.ones((1, 2))), TypeError, r"edges must hold \(row, col\) pairs of numbers, got \(1.0"),
         (lambda: Do.cut(True, 0), TypeError, "row must be a number or numbers, got True"),
         (lambda: Do.cut([], 0), ValueError, "row must hold at least one number"),
         (lambda: Do.cut(1, slice(0, 4, 2)), ValueError, "col must be a span of step 1, got step 2"),
@@ -169,11 +177,28 @@ def test_an_item_that_is_wrong_says_so(make, error, says):
         make()
 
 
+def test_numbers_of_numpy_and_torch_are_numbers():
+    plain = Do.soft([3, 4], 1, 2.0, heads=1) + Do.cut(edges=[(5, 0)], layers=[0, 2]) + Do.cut(slice(2, 4), -1)
+    given = Do.soft(np.array([3, 4]), np.int64(1), np.float32(2), heads=torch.tensor(1))
+    given += Do.cut(edges=np.array([[5, 0]]), layers=[np.int32(0), np.uint8(2)]) + Do.cut(
+        slice(np.int64(2), np.int64(4)), torch.tensor([-1])
+    )
+    assert given.to_json() == plain.to_json()
+    assert Do.soft(1, 0, np.array(2.0)).items[0].strength == Do.soft(1, 0, np.int64(2)).items[0].strength == 2.0
+    assert torch.equal(ca.dense.do_cut(torch.eye(3), np.int64(1), np.int32(1)), ca.dense.do_cut(torch.eye(3), 1, 1))
+
+
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
         (Do.cut(9, 0), r"row of cut\(9, 0\) must be from 0 to 8, got 9"),
         (Do.cut(-10, 0), r"row of cut\(-10, 0\) must be from -9 to 8, got -10"),
+        (Do.cut(10**30, 0), r"row of cut\(10+, 0\) must be from -9 to 8, got 10+"),
+        (Do.cut(3, -(10**30)), r"col of cut\(3, -10+\) must be from -9 to 8, got -10+"),
+        (Do.cut(edges=[(3, 10**30)]), r"col of cut\(.*\) must be from -9 to 8, got 10+"),
+        (Do.cut(3, slice(0, 2**31 - 1)), r"col of cut\(3, .*\) must be from 0 to 8, got 2147483646"),
+        (Do.cut(slice(0, 10**30), 0), r"row of cut\(.*\) must be from -9 to 9, got 10+"),
+        (Do.cut(3, 0, heads=10**30), r"heads of .* must be from 0 to 1, got \[10+\]"),
         (Do.cut(3, 12), r"col of cut\(3, 12\) must be from 0 to 8, got 12"),
         (Do.cut(3, 0, heads=2), r"heads of cut\(3, 0, heads=2\) must be from 0 to 1, got \[2\]"),
         (Do.cut(3, 0, batch=2), r"batch of .* must be from 0 to 1, got \[2\]"),

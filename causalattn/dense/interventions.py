@@ -1,6 +1,7 @@
 """Interventions on a row of an attention matrix at hand."""
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -123,11 +124,11 @@ def _tilted(A: Tensor, row: int, col: int, strength: float) -> Tensor:
 def _place(A: Tensor, row: int, col: int) -> tuple[int, int]:
     heads_of(A)
     for name, i, count in (("row", row, A.shape[-2]), ("col", col, A.shape[-1])):
-        if not isinstance(i, int) or isinstance(i, bool):
+        if not isinstance(i, Integral) or isinstance(i, bool):
             raise TypeError(f"{name} must be an integer, got {type(i).__name__}")
         if not -count <= i < count:
             raise ValueError(f"{name} must be from {-count} to {count - 1}, got {i}")
-    return row % A.shape[-2], col % A.shape[-1]
+    return int(row) % A.shape[-2], int(col) % A.shape[-1]
 
 
 def _with_row(A: Tensor, row: int, values: Tensor) -> Tensor:

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from .._checks import Logits
 from .address import parse_span
-from .plan import ROUNDING, Item, Plan, check_plan
+from .arguments import ROUNDING
+from .plan import Item, Plan, check_plan
 from .runs import Runs, Softs, covered, merged, summed
 from .scores import forbidden
 from .shares import Shares
+
+# a token number from here on is none, also of a model that goes on generating
+MOST = 2**31
 
 
 class Frame(NamedTuple):
@@ -197,14 +201,16 @@ def _positions(name: str, where, count: int, present: int, item: Item, strict: b
         )
         if stop <= start and (strict or span.stop is not None):
             raise ValueError(f"{name} of {item} must hold at least one token, got {where} of {count}")
-        return torch.arange(start, max(start, stop))
+        if strict and stop > count:
+            raise ValueError(f"{name} of {item} must be from 0 to {count - 1}, got {stop - 1}")
+        return torch.arange(start, max(start, min(stop, present)))
     return torch.tensor(_numbers(name, where, count, item), dtype=torch.int64)
 
 
 def _numbers(name: str, numbers: tuple[int, ...], count: int, item: Item, end: bool = False) -> list[int]:
     counted = [i + count if i < 0 else i for i in numbers]
-    if any(i < 0 for i in counted):
-        raise ValueError(f"{name} of {item} must be from {-count} to {count - 1 + end}, got {min(numbers)}")
+    if wrong := [i for i, n in zip(numbers, counted, strict=True) if not 0 <= n < MOST]:
+        raise ValueError(f"{name} of {item} must be from {-count} to {count - 1 + end}, got {wrong[0]}")
     return list(dict.fromkeys(counted))
 
 
@@ -312,7 +318,8 @@ def _sourced(entries: Runs, named: tuple[int, int], item: Item, call: Call, laye
     if item.do != "patch_edges":
         return entries
     shape = _on_edges(item, layer).shape
-    fixed = [call.strict or item.edges is not None or not _is_open(where) for where in (item.row, item.col)]
+    # a span of a model's tokens may reach some that are yet to come
+    fixed = [call.strict or item.edges is not None or isinstance(where, tuple) for where in (item.row, item.col)]
     wanted = (call.B, call.H, *named)
     for count, most, is_fixed in zip(shape, wanted, (True, True, *fixed), strict=True):
         if is_fixed and count not in (1, most):
@@ -330,10 +337,6 @@ def _on_edges(item: Item, layer: int | None) -> Tensor:
     if source.ndim > 3:
         raise ValueError(f"source of {item} must have at most 3 axes [B, H, edges], got {list(source.shape)}")
     return source[(None,) * (3 - source.ndim)][:, :, None]
-
-
-def _is_open(where: tuple[int, ...] | str | None) -> bool:
-    return where is None or (isinstance(where, str) and parse_span(where).stop is None)
 
 
 def _source(item: Item, layer: int | None) -> Tensor:

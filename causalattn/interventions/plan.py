@@ -1,21 +1,28 @@
 """What to change in an attention map: items of one kind each, over rows, columns, heads and layers, joined with +."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 
-import torch
 from torch import Tensor
 
-from .address import is_span, locate, parse_address, parse_span
+from .address import is_span, locate, parse_address
+from .arguments import (
+    Probabilities,
+    Where,
+    ablation,
+    by_layer,
+    column,
+    finite,
+    numbers,
+    pairs,
+    place,
+    probabilities,
+    vector,
+)  # fmt: skip
 
-Where = int | Sequence[int] | slice | str | None
-Shares = float | Sequence | Tensor
 VERSION = 1
-# by how much probabilities in 16 bits may sum to more than 1
-ROUNDING = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +84,7 @@ class Plan:
 
     def within(self, *, layers: int | Iterable[int] | None = None, heads: int | Iterable[int] | None = None) -> "Plan":
         """The same plan kept to these layers and heads, where an item does not choose its own."""
-        scope = {"layers": _numbers("layers", layers), "heads": _numbers("heads", heads)}
+        scope = {"layers": numbers("layers", layers), "heads": numbers("heads", heads)}
 
         def kept(item: Item) -> Item:
             open_ = {name: x for name, x in scope.items() if getattr(item, name) is None}
@@ -163,11 +170,7 @@ class Do:
         edges=None, heads=None, layers=None, batch=None,
     ) -> Plan:  # fmt: skip
         """The score S_ij gets +strength, in natural units: o_i = (o + w v_j)/(1 + w) with w = A_ij (e^strength − 1)."""
-        if not isinstance(strength, int | float) or isinstance(strength, bool):
-            raise TypeError(f"strength must be a number, got {type(strength).__name__}")
-        if not math.isfinite(strength):
-            raise ValueError(f"strength must be finite (Do.cut is −∞ and Do.hard is ∞), got {strength}")
-        return _edge_plan("soft", row, col, edges, heads, layers, batch, strength=float(strength))
+        return _edge_plan("soft", row, col, edges, heads, layers, batch, strength=finite("strength", strength))
 
     @staticmethod
     def cut(row: Where = None, col: Where = None, *, edges=None, heads=None, layers=None, batch=None) -> Plan:
@@ -182,12 +185,12 @@ class Do:
     @staticmethod
     def key_edit(col: Where, delta: Tensor | Sequence[float], *, heads=None, layers=None, batch=None) -> Plan:
         """k_j becomes k_j + delta, [D], for every row: a soft do of strength scale·q_i·delta on all of column j."""
-        return _plan("key_edit", heads, layers, batch, col=_column(col), delta=_vector(delta))
+        return _plan("key_edit", heads, layers, batch, col=column(col), delta=vector(delta))
 
     @staticmethod
     def value_edit(col: Where, delta: Tensor | Sequence[float], *, heads=None, layers=None, batch=None) -> Plan:
         """v_j becomes v_j + delta, [V], for every row: o_i + A_ij delta."""
-        return _plan("value_edit", heads, layers, batch, col=_column(col), delta=_vector(delta))
+        return _plan("value_edit", heads, layers, batch, col=column(col), delta=vector(delta))
 
     @staticmethod
     def head_off(heads: int | Sequence[int], *, value: str = "zero", layers=None, batch=None) -> Plan:
@@ -197,12 +200,12 @@ class Do:
         """
         if heads is None:
             raise TypeError("heads must be a number or numbers, got None: Do.layer_off takes all of a layer")
-        return _plan("head_off", heads, layers, batch, value=_ablation(value))
+        return _plan("head_off", heads, layers, batch, value=ablation(value))
 
     @staticmethod
     def layer_off(layers: int | Sequence[int], *, value: str = "zero", batch=None) -> Plan:
         """`head_off` for every head of the layers."""
-        return _plan("head_off", None, layers, batch, value=_ablation(value))
+        return _plan("head_off", None, layers, batch, value=ablation(value))
 
     @staticmethod
     def patch(source: Tensor | Mapping[int, Tensor], row: Where = None, *, heads=None, layers=None, batch=None) -> Plan:
@@ -210,11 +213,11 @@ class Do:
         sources = list(source.values()) if isinstance(source, Mapping) else [source]
         if not sources or any(not isinstance(x, Tensor) or x.ndim != 4 for x in sources):
             raise TypeError("source must be a tensor [B, H, T, V], or a mapping of layers to such tensors")
-        return _plan("patch", heads, layers, batch, row=_where("row", row), source=source)
+        return _plan("patch", heads, layers, batch, row=place("row", row), source=source)
 
     @staticmethod
     def patch_edges(
-        source: Shares | Mapping[int, Shares], row: Where = None, col: Where = None, *,
+        source: Probabilities | Mapping[int, Probabilities], row: Where = None, col: Where = None, *,
         edges=None, heads=None, layers=None, batch=None,
     ) -> Plan:  # fmt: skip
         """A_ij becomes c_ij of source, such as a clean run's, and the rest of the row keeps its proportions.
@@ -223,11 +226,11 @@ class Do:
 
         source is a number, lists or a tensor that broadcast to [B, H, rows, cols], or to [B, H, edges], such as
         `attention_rows`(…)[..., cols]; or a mapping of layers to such. In a model it may have fewer rows or columns
-        than an open span, whose others stay. It comes after cuts and softs. Where the row keeps nothing else c is
+        than a span, whose others stay. It comes after cuts and softs. Where the row keeps nothing else c is
         divided by its sum, and lse is that of the patched keys. c and its sum in a row must be from 0 to 1; on a GPU,
         where they cannot be looked at, a larger sum is divided by itself.
         """
-        source = _layered(source) if isinstance(source, Mapping) else _shares(source)
+        source = by_layer(source) if isinstance(source, Mapping) else probabilities(source)
         return _edge_plan("patch_edges", row, col, edges, heads, layers, batch, source=source)
 
 
@@ -235,7 +238,7 @@ def _edge_plan(kind: str, row: Where, col: Where, edges, heads, layers, batch, *
     if edges is not None:
         if row is not None or col is not None:
             raise ValueError("edges stand in place of row and col, got both")
-        return _plan(kind, heads, layers, batch, edges=_pairs(edges), **values)
+        return _plan(kind, heads, layers, batch, edges=pairs(edges), **values)
     if isinstance(row, str) and "<-" in row:
         address = parse_address(row)
         if col is not None:
@@ -247,101 +250,15 @@ def _edge_plan(kind: str, row: Where, col: Where, edges, heads, layers, batch, *
         raise ValueError(f"{kind} needs a col, got None")
     if row is None and col is None:
         raise ValueError("cut needs a row or a col, got neither")
-    return _plan(kind, heads, layers, batch, row=_where("row", row), col=_where("col", col), **values)
+    return _plan(kind, heads, layers, batch, row=place("row", row), col=place("col", col), **values)
 
 
 def _plan(kind: str, heads, layers, batch, **arguments) -> Plan:
-    scope = {name: _numbers(name, x) for name, x in (("heads", heads), ("layers", layers), ("batch", batch))}
-    for name, numbers in scope.items():
-        if numbers is not None and min(numbers) < 0:
-            raise ValueError(f"{name} must count from 0, got {min(numbers)}")
+    scope = {name: numbers(name, x) for name, x in (("heads", heads), ("layers", layers), ("batch", batch))}
+    for name, chosen in scope.items():
+        if chosen is not None and min(chosen) < 0:
+            raise ValueError(f"{name} must count from 0, got {min(chosen)}")
     return Plan((Item(kind, **arguments, **scope),))
-
-
-def _column(x: Where) -> tuple[int, ...] | str:
-    return "[:]" if x is None else _where("col", x)
-
-
-def _where(name: str, x: Where) -> tuple[int, ...] | str | None:
-    if isinstance(x, slice):
-        if x.step not in (None, 1):
-            raise ValueError(f"{name} must be a span of step 1, got step {x.step}")
-        x = f"[{'' if x.start is None else x.start}:{'' if x.stop is None else x.stop}]"
-    if isinstance(x, str):
-        if is_span(x):
-            span = parse_span(x)
-            # one number is no span: −1 is the prompt's last token, and not what follows it too
-            return _numbers(name, span.start) if ":" not in x else x
-        if not x.strip() or "<-" in x:
-            raise ValueError(f"{name} must name a token, got {x!r}")
-        return x
-    return _numbers(name, x)
-
-
-def _numbers(name: str, x) -> tuple[int, ...] | None:
-    if x is None:
-        return None
-    numbers = x.tolist() if isinstance(x, Tensor) else x
-    numbers = list(numbers) if isinstance(numbers, Iterable) and not isinstance(numbers, str) else [numbers]
-    if any(not isinstance(i, int) or isinstance(i, bool) for i in numbers):
-        raise TypeError(f"{name} must be a number or numbers, got {x!r}")
-    if not numbers:
-        raise ValueError(f"{name} must hold at least one number, got none")
-    return tuple(dict.fromkeys(numbers))
-
-
-def _pairs(edges) -> tuple[tuple[int, int], ...]:
-    listed = edges.tolist() if isinstance(edges, Tensor) else edges
-    listed = list(listed) if isinstance(listed, Iterable) else [listed]
-    if not all(isinstance(pair, Iterable) for pair in listed):
-        raise TypeError(f"edges must hold (row, col) pairs of numbers, got {edges!r}")
-    pairs = [tuple(pair) for pair in listed]
-    if not pairs:
-        raise ValueError("edges must hold at least one (row, col), got none")
-    for pair in pairs:
-        if len(pair) != 2 or any(not isinstance(i, int) or isinstance(i, bool) for i in pair):
-            raise TypeError(f"edges must hold (row, col) pairs of numbers, got {pair}")
-    return tuple(pairs)
-
-
-def _vector(delta: Tensor | Sequence[float]) -> Tensor:
-    try:
-        delta = delta if isinstance(delta, Tensor) else torch.as_tensor(delta, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"delta must be a vector of numbers, got {type(delta).__name__}") from None
-    if delta.ndim != 1 or delta.dtype == torch.bool or delta.is_complex():
-        raise ValueError(f"delta must be a vector of numbers, got shape {list(delta.shape)}")
-    if not delta.is_cuda and not delta.isfinite().all():
-        raise ValueError("delta must be finite, got NaN or inf")
-    return delta if delta.is_floating_point() else delta.double()
-
-
-def _shares(source: Shares) -> Tensor:
-    try:
-        shares = source if isinstance(source, Tensor) else torch.as_tensor(source, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"source must hold probabilities, got {source!r}") from None
-    if not shares.is_floating_point() or not shares.numel() or shares.ndim > 4:
-        raise TypeError(f"source must hold probabilities, got {shares.dtype} of shape {list(shares.shape)}")
-    if not shares.is_cuda and not ((shares >= 0) & (shares <= 1 + ROUNDING)).all():
-        raise ValueError(f"source must hold probabilities, from 0 to 1, got {shares.min():.4g} to {shares.max():.4g}")
-    return shares
-
-
-def _layered(source: Mapping) -> dict[int, Tensor]:
-    """The probabilities of each layer, whose number is text in JSON."""
-    if not source:
-        raise ValueError("source must be of at least one layer, got none")
-    for layer in source:
-        if not str(layer).isdecimal():
-            raise TypeError(f"source must map layer numbers to probabilities, got {layer!r}")
-    return {int(layer): _shares(x) for layer, x in source.items()}
-
-
-def _ablation(value: str) -> str:
-    if value not in ("zero", "mean"):
-        raise ValueError(f"value must be 'zero' or 'mean', got {value!r}")
-    return value
 
 
 def _shown(x) -> str:
