@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..integrations.transformers.attention import AttentionCall
 from ..integrations.transformers.families import using
 from ..interventions import Do
-from .trial import Progress, Readout, Trial, plain, plan_layers, watching
+from .trial import Progress, Readout, Trial, chosen_layers, plain, watching
 
 
 class Ablation(NamedTuple):
@@ -53,7 +53,7 @@ def ablate(
         Ablation.
 
     Raises:
-        NotImplementedError: the model's family cannot be switched over, its layers share numbers, or one runs twice.
+        NotImplementedError: the model's family cannot be switched over, or a layer runs twice.
         TypeError: model is no transformers model, inputs no mapping, or readout returns no tensor.
         ValueError: an unknown unit, value or layer, or a readout of another shape.
 
@@ -69,7 +69,7 @@ def ablate(
     if unit not in ("head", "layer"):
         raise ValueError(f"unit must be 'head' or 'layer', got {unit!r}")
     trial = Trial(model, inputs, readout)
-    numbers = plan_layers(model, layers)
+    numbers = chosen_layers(model, layers)
     heads: dict[int, int] = {}
 
     def count(layer: int, call: AttentionCall, out: Tensor) -> None:

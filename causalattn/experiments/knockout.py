@@ -11,7 +11,7 @@ from ..integrations.transformers.attention import AttentionCall
 from ..integrations.transformers.families import using
 from ..interventions import Do, Plan
 from ..masks import Intervals
-from .trial import Progress, Readout, Trial, gradients, plain, plan_layers, watching
+from .trial import Progress, Readout, Trial, chosen_layers, gradients, plain, watching
 
 # how many edges of one row edge_effects can name
 MOST = 64
@@ -70,7 +70,7 @@ def knockout_sweep(
         KnockoutSweep, with fewer than top edges where the model has no more.
 
     Raises:
-        NotImplementedError: the model's family cannot be switched over, its layers share numbers, or one runs twice.
+        NotImplementedError: the model's family cannot be switched over, or a layer runs twice.
         TypeError: model is no transformers model, inputs no mapping, or readout returns no tensor.
         ValueError: top below 1, an unknown layer or kind, a strength that kind does not take, or a readout of another
             shape or without a gradient.
@@ -89,7 +89,7 @@ def knockout_sweep(
     if not isinstance(top, int) or top < 1:
         raise ValueError(f"top must be at least 1, got {top!r}")
     trial = Trial(model, inputs, readout)
-    numbers = plan_layers(model, layers)
+    numbers = chosen_layers(model, layers)
     with using(model):
         seen, baseline = _differentiated(trial, numbers)
         options = {"kind": kind, "strength": strength, "n": min(top, MOST)}

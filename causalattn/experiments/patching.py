@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..integrations.transformers.attention import AttentionCall
 from ..integrations.transformers.families import using
 from ..interventions import Do, Plan
-from .trial import Progress, Readout, Trial, plain, plan_layers, watching
+from .trial import Progress, Readout, Trial, chosen_layers, plain, watching
 
 AXES = {
     "layer": ("layer",),
@@ -24,7 +24,8 @@ class Patching(NamedTuple):
     """clean, corrupt: the two runs' readouts, [] or [B].
 
     patched and recovery: [layers], [layers, heads], [layers, positions] or [layers, heads, positions], with B last
-    where the readout has one number a sequence; NaN for a head that a layer does not have. float64 on the CPU.
+    where the readout has one number a sequence; NaN for a head, or a position, that a layer does not have. float64 on
+    the CPU.
     layers, heads, positions: the numbers of what was patched, a place each; None where all were patched together.
     """
 
@@ -83,7 +84,7 @@ def patch(
         Patching.
 
     Raises:
-        NotImplementedError: the model's family cannot be switched over, its layers share numbers, or one runs twice.
+        NotImplementedError: the model's family cannot be switched over, or a layer runs twice.
         TypeError: model is no transformers model, an input no mapping, or readout returns no tensor.
         ValueError: an unknown over, layer, head or position, inputs whose tokens do not match, M_clean = M_corrupt, or
             a readout of another shape.
@@ -102,7 +103,7 @@ def patch(
     if over not in AXES:
         raise ValueError(f"over must be among {', '.join(AXES)}, got {over!r}")
     right, wrong = (Trial(model, inputs, readout) for inputs in (clean, corrupt))
-    numbers = plan_layers(model, layers)
+    numbers = chosen_layers(model, layers)
     with using(model):
         (m_clean, source), (m_corrupt, other) = (_observed(trial, numbers) for trial in (right, wrong))
         _check_same_tokens(source, other)
@@ -153,14 +154,14 @@ def _chosen(name: str, numbers: Iterable[int] | None, count: int, least: int) ->
 def _plans(
     source: _Run, apart: dict[str, list[int]], heads: list[int] | None, positions: list[int] | None
 ) -> dict[tuple[int, ...], Plan]:
-    """The patch of each place in the grid of what is patched apart, but of no head that a layer does not have."""
+    """The patch of each place in the grid of what is patched apart, but of none that a layer does not have."""
     plans = {}
     for place in product(*(range(len(numbers)) for numbers in apart.values())):
         at = {axis: numbers[n] for (axis, numbers), n in zip(apart.items(), place, strict=True)}
-        out = source.outputs[at["layer"]]
-        if at.get("head", 0) < out.shape[1]:
-            chosen = {"heads": at.get("head", heads), "layers": at["layer"]}
-            plans[place] = Do.patch(out, at.get("position", positions), **chosen)
+        out, count = source.outputs[at["layer"]], _span(source.real[at["layer"]])
+        rows = [at["position"]] if "position" in at else positions
+        if at.get("head", 0) < out.shape[1] and (rows is None or any(-count <= row < count for row in rows)):
+            plans[place] = Do.patch(out, rows, heads=at.get("head", heads), layers=at["layer"])
     return plans
 
 

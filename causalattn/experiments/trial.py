@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..integrations.transformers.attention import AttentionCall, watcher
-from ..integrations.transformers.families import attention_modules, self_attention
+from ..integrations.transformers.families import self_attention
 from ..interventions import Plan, do
 
 Readout = Callable[..., Tensor]
@@ -110,24 +110,6 @@ def chosen_layers(model: nn.Module, layers: Iterable[int] | None) -> list[int]:
     if not chosen or not chosen <= set(numbers):
         raise ValueError(f"layers must be among {sorted(numbers)}, got {sorted(chosen - set(numbers))}")
     return sorted(chosen)
-
-
-def plan_layers(model: nn.Module, layers: Iterable[int] | None) -> list[int]:
-    """The chosen layers of a model where a plan's layer numbers mean the same.
-
-    Raises:
-        NotImplementedError: layers that share numbers under a plan, besides what chosen_layers raises.
-    """
-    chosen = chosen_layers(model, layers)
-    modules = attention_modules(model).values()
-    own = [getattr(module, "layer_idx", None) for module in modules]
-    if set(own) == {None}:
-        apart = len(self_attention(model)) == len(own)
-    else:
-        apart = None not in own and len(set(own)) == len(own)
-    if not apart:
-        raise NotImplementedError(f"{model.config.model_type} is not supported: its attention layers share numbers")
-    return chosen
 
 
 @contextmanager
