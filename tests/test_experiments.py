@@ -5,7 +5,7 @@ import torch
 import transformers
 from tiny_models import NO_DROPOUT, SMALL, exact, text_inputs, tiny
 
-from causalattn.experiments import ablate, patch
+from causalattn.experiments import ablate, patch, patch_edges
 from causalattn.integrations.transformers.attention import watcher
 
 FAMILIES = pytest.mark.parametrize("family", ["bert", "llama"])
@@ -165,6 +165,51 @@ def test_a_patch_is_a_hook_that_copies(family, over):
     torch.testing.assert_close(found.corrupt, M_corrupt, **CLOSE)
     torch.testing.assert_close(found.patched, expected.view_as(found.patched), **CLOSE)
     torch.testing.assert_close(found.recovery, (found.patched - M_corrupt) / (M - M_corrupt), rtol=1e-9, atol=1e-9)
+
+
+@FAMILIES
+def test_a_patched_edge_is_a_map_edited_by_hand(family, monkeypatch):
+    model, clean = exact(family), text_inputs("left")
+    ids, edges = clean["input_ids"].clone(), [(7, 2), (1, 1), (14, 2)]
+    ids[:, 6] = (ids[:, 6] + 7) % 50 + 3
+    corrupt = clean | {"input_ids": ids}
+    found = patch_edges(model, clean, corrupt, read, edges, layers=[1, 0], heads=[1])
+    maps = model(**clean, output_attentions=True).attentions
+    assert found.layers == [0, 1] and found.heads == [1] and found.edges == edges
+    dense = transformers.AttentionInterface._global_mapping["dense_float64"]
+    # the second sequence begins at 6, and has no row 14
+    for layer in (0, 1):
+        for n, (row, col) in enumerate(edges):
+
+            def attend(module, query, key, value, *rest, layer=layer, row=row, col=col, **options):
+                _, A = dense(module, query, key, value, *rest, **options)
+                for b, first in ((0, 0), (1, 6)):
+                    i, j = row + first, col + first
+                    if module is attention_of(model, layer)[0] and i < 19:
+                        c, p = maps[layer][b, 1, i, j], A[b, 1, i, j].clone()
+                        A[b, 1, i] *= (1 - c) / (1 - p)
+                        A[b, 1, i, j] = c
+                value = value.repeat_interleave(A.shape[1] // value.shape[1], 1)
+                return (A @ value).transpose(1, 2).contiguous(), A
+
+            monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "dense_float64", attend)
+            torch.testing.assert_close(found.patched[layer, 0, n], run(model, corrupt), **CLOSE)
+            monkeypatch.undo()
+    recovery = (found.patched - found.corrupt) / (found.clean - found.corrupt)
+    assert torch.equal(found.recovery, recovery) and found.recovery[0, 0, 0, 0].abs() > 1e-6
+
+
+def test_edges_that_cannot_be_patched_are_named():
+    model, clean = tiny("llama"), text_inputs()
+    for edges, error, says in (
+        ([], ValueError, r"edges must hold at least one \(row, col\), got none"),
+        ([(3, -1)], ValueError, r"edges must count from 0, got \(3, -1\)"),
+        ([(3, 1), (19, 2)], ValueError, r"edges must lie among the tokens, got \[\(19, 2\)\]"),
+        ([(3, 1.5)], TypeError, r"edges must hold \(row, col\) pairs of numbers, got \(3, 1.5\)"),
+        ([(3, 5)], ValueError, r"patch_edges\(\(3, 5\), heads=0, layers=0\) matched nothing: .*the mask forbids"),
+    ):
+        with pytest.raises(error, match=says):
+            patch_edges(model, clean, corrupted(clean), read, edges)
 
 
 def test_a_patch_reaches_what_a_causal_model_lets_it_reach():

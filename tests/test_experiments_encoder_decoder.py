@@ -6,7 +6,7 @@ import transformers
 from test_experiments import CLOSE
 from tiny_models import exact, other_inputs
 
-from causalattn.experiments import ablate, knockout_sweep, patch
+from causalattn.experiments import ablate, knockout_sweep, patch, patch_edges
 from causalattn.integrations.transformers.families import self_attention
 
 # whisper: encoder layers 0 and 1 with 21 positions, decoder layers 2 and 3 with 9; two heads of 16
@@ -76,6 +76,16 @@ def test_each_position_of_both_halves_is_patched():
 
             torch.testing.assert_close(found.patched[layer, n], run(model, corrupt, module, edit), **CLOSE)
     assert found.patched.isnan().sum() == 2 * 2 * 2
+
+
+def test_edges_that_the_decoder_lacks_are_not_patched():
+    (model, _), clean = whisper(), inputs_of()
+    corrupt = clean | {"input_features": clean["input_features"].flip(-1)}
+    found = patch_edges(model, clean, corrupt, read, [(5, 2), (20, 3)], layers=[1, 2])
+    assert found.patched.shape == (2, 2, 2, 2)
+    assert torch.equal(found.patched[..., 0].isnan().any(1), torch.tensor([[False, False], [False, True]]))
+    only = patch_edges(model, clean, corrupt, read, [(5, 2)], layers=[2])
+    assert torch.equal(only.patched[0, :, 0], found.patched[1, :, 0])
 
 
 @pytest.mark.parametrize("layers", [[0], [1, 2], None])

@@ -26,6 +26,7 @@ MODULES = [
     "analysis",
     "experiments.ablation",
     "experiments.counterfactual",
+    "experiments.edge_patching",
     "experiments.influence",
     "experiments.knockout",
     "experiments.patching",

@@ -2,6 +2,7 @@
 
 from .ablation import Ablation, ablate
 from .counterfactual import Counterfactual, Inference, counterfactual
+from .edge_patching import EdgePatching, patch_edges
 from .influence import Influence, influence
 from .knockout import KnockoutSweep, knockout_sweep
 from .patching import Patching, patch
@@ -10,6 +11,7 @@ from .rollout import rollout, token_influence
 __all__ = [
     "Ablation",
     "Counterfactual",
+    "EdgePatching",
     "Inference",
     "Influence",
     "KnockoutSweep",
@@ -19,6 +21,7 @@ __all__ = [
     "influence",
     "knockout_sweep",
     "patch",
+    "patch_edges",
     "rollout",
     "token_influence",
 ]

@@ -79,8 +79,10 @@ def ablate(
         with torch.no_grad(), watching(model, numbers, count):
             baseline = plain(trial.run())
         if unit == "layer":
+            shape = (len(numbers),)
             plans = {(at,): Do.layer_off(layer, value=value) for at, layer in enumerate(numbers)}
         else:
+            shape = (len(numbers), max(heads.values()))
             places = [(at, head) for at, layer in enumerate(numbers) for head in range(heads[layer])]
             plans = {(at, head): Do.head_off(head, layers=numbers[at], value=value) for at, head in places}
-        return Ablation(baseline, trial.grid(plans, progress) - baseline, numbers)
+        return Ablation(baseline, trial.grid(plans, shape, progress) - baseline, numbers)

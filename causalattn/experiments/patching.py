@@ -1,6 +1,6 @@
 """Which heads, layers or positions carry what a readout needs: a clean run's heads put into a corrupted run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import Literal, NamedTuple
 
@@ -18,6 +18,9 @@ AXES = {
     "position": ("layer", "position"),
     "head_position": ("layer", "head", "position"),
 }
+
+
+See = Callable[[int, AttentionCall], None]
 
 
 class Patching(NamedTuple):
@@ -38,17 +41,18 @@ class Patching(NamedTuple):
     positions: list[int] | None
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """A run as each layer saw it: its heads' outputs [B, H, T, V], and which tokens are real, [B or 1, T]."""
 
     outputs: dict[int, Tensor]
     real: dict[int, Tensor]
 
     def heads(self) -> int:
+        """The most that a layer has."""
         return max(out.shape[1] for out in self.outputs.values())
 
     def tokens(self) -> int:
-        return max(_span(real) for real in self.real.values())
+        return max(span(real) for real in self.real.values())
 
 
 def patch(
@@ -105,24 +109,37 @@ def patch(
     right, wrong = (Trial(model, inputs, readout) for inputs in (clean, corrupt))
     numbers = chosen_layers(model, layers)
     with using(model):
-        (m_clean, source), (m_corrupt, other) = (_observed(trial, numbers) for trial in (right, wrong))
-        _check_same_tokens(source, other)
-        if bool((m_clean == m_corrupt).any()):
-            raise ValueError(f"recovery is undefined where the clean and corrupt readouts are equal, got {m_clean}")
-        heads = _chosen("heads", heads, source.heads(), 0)
-        positions = _chosen("positions", positions, source.tokens(), -source.tokens())
+        m_clean, m_corrupt, source = both_runs(right, wrong, numbers)
+        heads = chosen("heads", heads, source.heads(), 0)
+        positions = chosen("positions", positions, source.tokens(), -source.tokens())
         axes = {"layer": numbers, "head": heads, "position": positions}
         everything = {"head": range(source.heads()), "position": range(source.tokens())}
         apart = {axis: list(axes[axis] or everything[axis]) for axis in AXES[over]}
-        patched = wrong.grid(_plans(source, apart, heads, positions), progress)
+        shape = [len(places) for places in apart.values()]
+        patched = wrong.grid(_plans(source, apart, heads, positions), shape, progress)
     recovery = (patched - m_corrupt) / (m_clean - m_corrupt)
     return Patching(m_clean, m_corrupt, patched, recovery, numbers, apart.get("head"), apart.get("position"))
 
 
-def _observed(trial: Trial, layers: list[int]) -> tuple[Tensor, _Run]:
-    run = _Run({}, {})
+def both_runs(clean: Trial, corrupt: Trial, layers: list[int], see: See | None = None) -> tuple[Tensor, Tensor, Run]:
+    """The two readouts, and the clean run, whose calls see is shown.
+
+    Raises:
+        ValueError: inputs whose tokens do not match, or readouts that are equal.
+    """
+    (m_clean, source), (m_corrupt, other) = _observed(clean, layers, see), _observed(corrupt, layers, None)
+    _check_same_tokens(source, other)
+    if bool((m_clean == m_corrupt).any()):
+        raise ValueError(f"recovery is undefined where the clean and corrupt readouts are equal, got {m_clean}")
+    return m_clean, m_corrupt, source
+
+
+def _observed(trial: Trial, layers: list[int], see: See | None) -> tuple[Tensor, Run]:
+    run = Run({}, {})
 
     def keep(layer: int, call: AttentionCall, out: Tensor) -> None:
+        if see is not None:
+            see(layer, call)
         run.outputs[layer] = out.transpose(1, 2)
         run.real[layer] = call.intervals.stop > call.intervals.start
 
@@ -130,7 +147,7 @@ def _observed(trial: Trial, layers: list[int]) -> tuple[Tensor, _Run]:
         return plain(trial.run()), run
 
 
-def _check_same_tokens(clean: _Run, corrupt: _Run) -> None:
+def _check_same_tokens(clean: Run, corrupt: Run) -> None:
     for layer, out in clean.outputs.items():
         shapes = [list(run.outputs[layer].shape[::2]) for run in (clean, corrupt)]
         if shapes[0] != shapes[1]:
@@ -142,7 +159,7 @@ def _check_same_tokens(clean: _Run, corrupt: _Run) -> None:
             raise ValueError("clean and corrupt must have their padding in the same places")
 
 
-def _chosen(name: str, numbers: Iterable[int] | None, count: int, least: int) -> list[int] | None:
+def chosen(name: str, numbers: Iterable[int] | None, count: int, least: int) -> list[int] | None:
     if numbers is None:
         return None
     numbers = list(numbers)
@@ -152,20 +169,20 @@ def _chosen(name: str, numbers: Iterable[int] | None, count: int, least: int) ->
 
 
 def _plans(
-    source: _Run, apart: dict[str, list[int]], heads: list[int] | None, positions: list[int] | None
+    source: Run, apart: dict[str, list[int]], heads: list[int] | None, positions: list[int] | None
 ) -> dict[tuple[int, ...], Plan]:
     """The patch of each place in the grid of what is patched apart, but of none that a layer does not have."""
     plans = {}
     for place in product(*(range(len(numbers)) for numbers in apart.values())):
         at = {axis: numbers[n] for (axis, numbers), n in zip(apart.items(), place, strict=True)}
-        out, count = source.outputs[at["layer"]], _span(source.real[at["layer"]])
+        out, count = source.outputs[at["layer"]], span(source.real[at["layer"]])
         rows = [at["position"]] if "position" in at else positions
         if at.get("head", 0) < out.shape[1] and (rows is None or any(-count <= row < count for row in rows)):
             plans[place] = Do.patch(out, rows, heads=at.get("head", heads), layers=at["layer"])
     return plans
 
 
-def _span(real: Tensor) -> int:
+def span(real: Tensor) -> int:
     """From the first real token of a sequence to its last, of the longest: that is how plans count tokens."""
     places = torch.arange(real.shape[-1], device=real.device).expand_as(real)
     first = places.masked_fill(~real, real.shape[-1]).amin(-1)

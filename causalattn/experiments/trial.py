@@ -58,12 +58,13 @@ class Trial:
                 progress(done, len(plans))
         return torch.stack(values)
 
-    def grid(self, plans: Mapping[tuple[int, ...], Plan], progress: Progress | None = None) -> Tensor:
-        """The sweep of plans at their places: [places ...] or [places ..., B], NaN where there is none."""
+    def grid(
+        self, plans: Mapping[tuple[int, ...], Plan], shape: Sequence[int], progress: Progress | None = None
+    ) -> Tensor:
+        """The sweep of plans at their places: [*shape] or [*shape, B], NaN where there is none."""
         values = self.sweep(list(plans.values()), progress)
-        places = torch.tensor(list(plans)).T
-        grid = torch.full((*(places.amax(1) + 1).tolist(), *values.shape[1:]), torch.nan, dtype=torch.float64)
-        grid[tuple(places)] = values
+        grid = torch.full((*shape, *values.shape[1:]), torch.nan, dtype=torch.float64)
+        grid[tuple(torch.tensor(list(plans)).T)] = values
         return grid
 
 
