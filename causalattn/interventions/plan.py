@@ -62,7 +62,8 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Interventions that are made together; on one row cuts come first, then softs, whose strengths add, then a hard.
+    """Interventions that are made together; on one row cuts come first, then softs, whose strengths add, then
+    patched edges, then a hard.
 
     Example:
         >>> plan = Do.cut(None, "storm", layers=5) + Do.soft(7, 2, strength=3.0)
