@@ -35,6 +35,10 @@ MODULES = [
     "interventions.plan",
     "dense.interventions",
     "memory_demo",
+    "partial_corr",
+    "partial_corr.fisher",
+    "partial_corr.level_tests",
+    "discovery.ci",
 ]
 
 
