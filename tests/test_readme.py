@@ -73,6 +73,8 @@ def test_the_first_screen_holds_the_commands_an_example_and_a_figure():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
-    result = doctest.testmod(importlib.import_module(f"causalattn.{name}"), optionflags=doctest.ELLIPSIS)
+    result = doctest.testmod(
+        importlib.import_module(f"causalattn.{name}"), optionflags=doctest.ELLIPSIS, extraglobs={"torch": torch}
+    )
     assert result.attempted > 0
     assert result.failed == 0

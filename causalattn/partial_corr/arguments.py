@@ -122,10 +122,10 @@ def check_adjacency(adjacency: Tensor, R: Tensor) -> Tensor:
 
 
 def check_candidates(
-    candidates: tuple[Tensor, Tensor, Tensor | None], R: Tensor, order: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """node [G or 1, M], given [G or 1, M, order] and ancestors [G, T, T] of Candidates."""
-    node, given, ancestors = candidates
+    candidates: tuple[Tensor, Tensor, Tensor | None, Tensor | None], R: Tensor, order: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """node [G or 1, M], given [G or 1, M, order], ancestors and others [G, T, T] of Candidates."""
+    node, given, *masks = candidates
     node, given = _integers("candidates.node", node, R.device), _integers("candidates.given", given, R.device)
     if node.ndim < 1 or given.shape != (*node.shape, order) or (node.ndim > 1 and node.shape[:-1] != R.shape[:-2]):
         lead = [*R.shape[:-2], "M"]
@@ -139,10 +139,11 @@ def check_candidates(
         check_sets(given)
         if ((given == node[..., None]) & (given >= 0)).any():
             raise ValueError("candidates.given must not hold its own node, got a set that does")
-    if ancestors is not None:
-        _check_bool("candidates.ancestors", ancestors, R)
-        ancestors = _flat(ancestors).contiguous()
-    return _flat(node[..., None])[..., 0], _flat(given), ancestors
+    for name, mask in zip(("ancestors", "others"), masks, strict=True):
+        if mask is not None:
+            _check_bool(f"candidates.{name}", mask, R)
+    ancestors, others = (None if mask is None else _flat(mask).contiguous() for mask in masks)
+    return _flat(node[..., None])[..., 0], _flat(given), ancestors, others
 
 
 def _check_bool(name: str, x: Tensor, R: Tensor) -> None:

@@ -19,12 +19,14 @@ class Candidates(NamedTuple):
 
     node: [M], or [..., M] with R's leading axes, where −1 fills up; given: [..., M, order], each a set without its
     node, −1 where it has fewer tokens; ancestors: [..., T, T] bool or None, a test is made where every member z of its
-    set has ancestors[z, i] or ancestors[z, j].
+    set has ancestors[z, i] or ancestors[z, j]; others: [..., T, T] bool or None, a node's sets are tested against j
+    only where others[node, j].
     """
 
     node: Tensor
     given: Tensor
     ancestors: Tensor | None = None
+    others: Tensor | None = None
 
 
 class LevelTests(NamedTuple):
@@ -105,9 +107,9 @@ def level_tests(
     elif backend == "triton" and order > MOST:
         raise NotImplementedError(f"backend='triton' takes candidates up to order {MOST}, got {order}")
     else:
-        r, given, counts = _level_sets(
-            flat, adjacency, *check_candidates(candidates, R, order), backend if order <= MOST else "torch"
-        )
+        node, sets, ancestors, others = check_candidates(candidates, R, order)
+        tested = adjacency if others is None else adjacency & others
+        r, given, counts = _level_sets(flat, tested, node, sets, ancestors, backend if order <= MOST else "torch")
     tests, singular = counts.sum(1).reshape(*R.shape[:-2], 2).unbind(-1)
     r, given = r.reshape(R.shape), given.reshape(*R.shape, order)
     return LevelTests(r, given, r.abs() < cut, tests, singular)
