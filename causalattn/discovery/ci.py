@@ -1,7 +1,7 @@
 """Conditional independence one test at a time, for searches written by others, and data with given correlations."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class CorrelationTest:
 
     Attributes:
         tests, singular: how many tests were made, and how many of them were SINGULAR.
+        cut: of |S| the |r| below which two tokens are independent.
 
     Raises:
         ValueError: both or neither of cut and (n, alpha), a cut outside (0, 1), or an R that does not fit.
@@ -39,12 +40,8 @@ class CorrelationTest:
     def __init__(
         self, R: Tensor, *, cut: float | None = None, n: float | None = None, alpha: float | None = None
     ) -> None:
-        if (cut is None) == (n is None) or (n is None) != (alpha is None):
-            raise ValueError(f"give cut, or n and alpha, got cut={cut}, n={n}, alpha={alpha}")
-        if cut is not None and not 0 < cut < 1:
-            raise ValueError(f"cut must lie between 0 and 1, got {cut}")
+        self.cut = cuts(cut, n, alpha)
         self._R, self._floor = correlation_lists(R)
-        self._cut, self._n, self._alpha = cut, n, alpha
         self.tests = self.singular = 0
 
     def cond_indep(self, x: int, y: int, zz: Collection[int]) -> bool:
@@ -59,9 +56,16 @@ class CorrelationTest:
         self.singular += status == Status.SINGULAR
         return r, status
 
-    def cut(self, order: int) -> float:
-        """The |r| below which two tokens are independent given `order` others."""
-        return critical_correlation(self._n, self._alpha, order) if self._cut is None else self._cut
+
+def cuts(cut: float | None, n: float | None, alpha: float | None) -> Callable[[int], float]:
+    """The |r| below which two tokens are independent, by |S|: cut whatever it is, or from n and alpha."""
+    if (cut is None) == (n is None) or (n is None) != (alpha is None):
+        raise ValueError(f"give cut, or n and alpha, got cut={cut}, n={n}, alpha={alpha}")
+    if cut is None:
+        return lambda order: critical_correlation(n, alpha, order)
+    if not 0 < cut < 1:
+        raise ValueError(f"cut must lie between 0 and 1, got {cut}")
+    return lambda order: cut
 
 
 def correlation_lists(R: Tensor) -> tuple[list[list[float]], float]:

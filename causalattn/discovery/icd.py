@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..partial_corr import Candidates, LevelTests
-from .marks import ARROW, CIRCLE, NONE, Marks, bit_rows
+from .marks import NONE, Marks, bit_rows
 from .rules import orient_heads, orient_tails
 from .trees import legal_sets, members_of, possible_ancestors
 
@@ -131,12 +131,3 @@ def _candidates(marks: np.ndarray, size: int, order: np.ndarray | None) -> Candi
         None if ancestors is None else torch.from_numpy(ancestors),
         torch.from_numpy(others),
     )
-
-
-def circles(T: int, order: np.ndarray | None = None) -> np.ndarray:
-    """The complete graph a search starts from: o-o, and earlier o→ later where the order is known."""
-    marks = np.full((T, T), CIRCLE, np.int8)
-    if order is not None:
-        marks[order[:, None] < order] = ARROW
-    np.fill_diagonal(marks, NONE)
-    return marks

@@ -50,7 +50,7 @@ class Marks:
         return self.near[a] & ~self.arrow_from[a] & ~self.tail[a]
 
     def orient(self, arrows: list[int], tails: list[int]) -> bool:
-        """Turn the circles of edges from a at arrows[a] into arrows, then those at tails[a] into tails; whether any was."""
+        """Turn circles at arrows[a] of edges from a into arrows, then those at tails[a] into tails; whether any was."""
         changed = False
         for wanted, forward, backward in ((arrows, self.arrow, self.arrow_from), (tails, self.tail, self.tail_from)):
             for a, ends in enumerate(wanted):
