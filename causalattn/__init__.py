@@ -11,6 +11,7 @@ from .attention import (
     attention_rows,
     attention_topk,
 )
+from .covariance import attention_correlation, attention_covariance
 from .edge_effects import EdgeEffects, edge_effects
 from .hopfield import (
     Certificate,
@@ -84,6 +85,8 @@ __all__ = [
     "analyze",
     "asymmetry",
     "attention",
+    "attention_correlation",
+    "attention_covariance",
     "attention_map",
     "attention_rows",
     "attention_stats",

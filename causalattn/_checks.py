@@ -1,6 +1,7 @@
 """One wording for the errors every operator shares: name, expected, got."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,32 @@ def _check_rows(mask: Intervals, q: Tensor) -> None:
             raise ValueError(f"mask must be on q's device {q.device}, got {bound.device}")
         if bound.is_floating_point() or bound.is_complex() or bound.dtype == torch.bool:
             raise TypeError(f"mask must hold integers, got {_dtype(bound)}")
+
+
+def resolve_rows(name: str, rows: Tensor | Sequence[int], q: Tensor) -> Tensor:
+    """rows, an argument called so, as positions 0 … T − 1 on q's device, [R] int64."""
+    T = q.shape[2]
+    if isinstance(rows, Tensor) and rows.is_cuda and not q.is_cuda:
+        raise ValueError(f"{name} must be on q's device {q.device}, got {rows.device}")
+    try:
+        chosen = torch.as_tensor(rows)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        raise TypeError(f"{name} must be a sequence of integers, got {type(rows).__name__}") from None
+    if chosen.numel() == 0:
+        chosen = chosen.long()
+    if chosen.ndim != 1:
+        raise ValueError(f"{name} must have shape [R], got {list(chosen.shape)}")
+    if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {_dtype(chosen)}")
+    if isinstance(rows, Tensor):
+        values = [] if rows.is_cuda or torch.compiler.is_compiling() else rows.tolist()
+    else:
+        values = rows
+    wrong = [i for i in values if not -T <= i < T]
+    if wrong or (T == 0 and chosen.numel()):
+        raise ValueError(f"{name} must lie in {-T}…{T - 1}, got {wrong[0] if wrong else 'some of an empty q'}")
+    chosen = chosen.to(q.device, torch.int64)
+    return torch.where(chosen < 0, chosen + T, chosen).clamp(0, max(T - 1, 0))
 
 
 def resolve_logits(

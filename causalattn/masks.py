@@ -52,6 +52,10 @@ class Mask:
             return NotImplemented
         return Mask(self.rules + other.rules)
 
+    def is_causal(self) -> bool:
+        """Whether its rules alone say that no query attends a key after its own."""
+        return any(isinstance(rule, _Window) and rule.right == 0 for rule in self.rules)
+
     def resolve(
         self, T: int, S: int, *, offset: int | None = None, device: torch.device | str | None = None
     ) -> Intervals:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._backend import Backend, accumulator
-from .._checks import check_probs_dtype, check_qk, resolve_logits, resolve_mask
+from .._checks import check_probs_dtype, check_qk, resolve_logits, resolve_mask, resolve_rows
 from ..interventions.edges import surgeries_of
 from ..interventions.plan import Plan
 from ..masks import Intervals, Mask
@@ -63,7 +63,7 @@ def attention_rows(
     """
     check_qk(q, k)
     dtype = check_probs_dtype(probs_dtype, q)
-    rows = _resolve_rows(rows, q)
+    rows = resolve_rows("rows", rows, q)
     intervals = resolve_mask(q, k, mask, causal)
     options = {"bias": bias, "alibi_slopes": alibi_slopes, "scale": scale, "softcap": softcap, "sink": sink}
     logits = resolve_logits(q, k, intervals, **options)
@@ -72,29 +72,3 @@ def attention_rows(
     logits = logits.of_rows(rows, k.shape[2], accumulator(q))
     # indexing, whose gradient adds up a repeated row in order
     return attend(q[:, :, rows], k, None, *logits, dtype, backend)[4]
-
-
-def _resolve_rows(rows: Tensor | Sequence[int], q: Tensor) -> Tensor:
-    """rows as positions 0 … T − 1 on q's device, [R] int64."""
-    T = q.shape[2]
-    if isinstance(rows, Tensor) and rows.is_cuda and not q.is_cuda:
-        raise ValueError(f"rows must be on q's device {q.device}, got {rows.device}")
-    try:
-        chosen = torch.as_tensor(rows)
-    except (OverflowError, RuntimeError, TypeError, ValueError):
-        raise TypeError(f"rows must be a sequence of integers, got {type(rows).__name__}") from None
-    if chosen.numel() == 0:
-        chosen = chosen.long()
-    if chosen.ndim != 1:
-        raise ValueError(f"rows must have shape [R], got {list(chosen.shape)}")
-    if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
-        raise TypeError(f"rows must be integers, got {str(chosen.dtype).removeprefix('torch.')}")
-    if isinstance(rows, Tensor):
-        values = [] if rows.is_cuda or torch.compiler.is_compiling() else rows.tolist()
-    else:
-        values = rows
-    wrong = [i for i in values if not -T <= i < T]
-    if wrong or (T == 0 and chosen.numel()):
-        raise ValueError(f"rows must lie in {-T}…{T - 1}, got {wrong[0] if wrong else 'some of an empty q'}")
-    chosen = chosen.to(q.device, torch.int64)
-    return torch.where(chosen < 0, chosen + T, chosen).clamp(0, max(T - 1, 0))

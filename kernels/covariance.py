@@ -1,0 +1,196 @@
+"""Covariances between rows of attention: rows of P by the panel, and the products of two panels, tile by tile.
+
+    P_ij = exp(S_ij − max_j S_ij), or A_ij = P_ij / Σ_j P_ij;  C_ij = Σ_k P_ik P_jk for i ≤ j, and its mirror
+
+Shapes, of one head: q [T, D], k [S, D], start and stop [T] int32, bias [T or 1, S or 1], slope [], pivot and unit [T];
+panel [rows, keys], which may reach beyond T and S, 0 there. C [T, T]; low and high [blocks of a tile's rows] int32.
+Precision: float32 scores in base 2 and P, stored in the panel's dtype. Products of float32 panels take three TF32 dots
+(IEEE on AMD), good to 2⁻²² each, FLUSH keys in a tensor core's accumulator, which truncates, then float32. Those of
+float64 panels are left to the BLAS: what Triton makes of a float64 dot is DMMA.8x8x4 on Hopper (3.9) or no code at all
+on Blackwell (3.6).
+Cost: 2·D flops, one exp2 and a write, 4 or 8 bytes, an entry of a panel; 2·keys flops (6 in TF32) an entry of C above
+the diagonal, over the keys that both blocks of rows may attend.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._primitives import (
+    Launch,
+    architecture,
+    interval_bounds,
+    load_intervals,
+    load_rows,
+    row_scores,
+    slope,
+)
+
+# keys that one program writes
+SPAN = 512
+# keys that are summed in the accumulator of the tensor cores
+FLUSH = 128
+# rows and columns of C that a program owns
+TILE = 128
+
+
+class Products(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+def launch(D: int, itemsize: int, arch: int) -> Launch:
+    """Tiles of a panel by head dim and dtype; arch is `architecture`'s."""
+    if itemsize == 4:
+        return Launch(32, 16, 8 if arch else 4, 1)
+    if D > 128 or arch == 0:
+        return Launch(32, 64, 4, 1)
+    return Launch(64, 64, 4, 2) if arch in (90, 100) else Launch(32, 64, 4, 2)
+
+
+def launch_products(arch: int) -> Products:
+    """Tiles of C, which divide TILE; arch is `architecture`'s."""
+    if arch in (90, 100):
+        return Products(128, 128, 32, 8, 2)
+    return Products(64, 64, 32, 4, 2) if arch else Products(64, 64, 32, 4, 1)
+
+
+@triton.jit(do_not_specialize=["T", "S", "first", "offset", "scale", "softcap"])
+def _panel_kernel(
+    q_ptr, k_ptr, start_ptr, stop_ptr, bias_ptr, slope_ptr, pivot_ptr, unit_ptr, panel_ptr,
+    stride_qt, stride_qd,
+    stride_ks, stride_kd,
+    stride_bt, stride_bs,
+    stride_pr,
+    T, S, first, offset, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = first + offs_r
+    mask_m = offs_m < T
+    start, stop = load_intervals(start_ptr, stop_ptr, offs_m, T)
+    low, high, _, _ = interval_bounds(start, stop, mask_m)
+    q = load_rows(q_ptr, offs_m, T, stride_qt, stride_qd, D, BLOCK_D)
+    pivot = tl.load(pivot_ptr + offs_m, mask=mask_m, other=0.0)
+    alibi = slope(slope_ptr, 0, 0, 0, 0)
+    if unit_ptr is not None:
+        unit = tl.load(unit_ptr + offs_m, mask=mask_m, other=0.0)
+
+    panel_ptr += offs_r[:, None].to(tl.int64) * stride_pr
+    begin = tl.program_id(1) * SPAN
+    for n in range(begin, begin + SPAN, BLOCK_N):
+        p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if (n < high) & (n + BLOCK_N > low):
+            x = row_scores(
+                q, k_ptr, offs_m, n, start, stop, T, S, offset, stride_ks, stride_kd, bias_ptr, stride_bt, stride_bs,
+                alibi, scale, softcap, D, BLOCK_N, BLOCK_D, True)
+            p = tl.exp2(x - pivot[:, None])
+            if unit_ptr is not None:
+                p *= unit[:, None]
+        tl.store(panel_ptr + n + tl.arange(0, BLOCK_N)[None, :], p.to(panel_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _write_tile(C_ptr, c, offs_row, offs_col, T, stride_ct, whole, ADD: tl.constexpr):
+    """c as the tile of C at rows offs_row and columns offs_col, or added to it; some may not exist unless whole."""
+    ptrs = C_ptr + offs_row[:, None].to(tl.int64) * stride_ct + offs_col[None, :]
+    if whole:
+        if ADD:
+            c += tl.load(ptrs)
+        tl.store(ptrs, c)
+    else:
+        mask = (offs_row[:, None] < T) & (offs_col[None, :] < T)
+        if ADD:
+            c += tl.load(ptrs, mask=mask, other=0.0)
+        tl.store(ptrs, c, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "first_m", "first_n"])
+def _products_kernel(
+    left_ptr, right_ptr, low_ptr, high_ptr, C_ptr,
+    stride_pr, stride_ct,
+    T, first_m, first_n,
+    ADD: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr, FLUSH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    offs_m, offs_n, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    block_m, block_n = (first_m + m) // TILE, (first_n + n) // TILE
+    low = tl.maximum(tl.load(low_ptr + block_m), tl.load(low_ptr + block_n)) // FLUSH * FLUSH
+    high = tl.minimum(tl.load(high_ptr + block_m), tl.load(high_ptr + block_n))
+    # what lies below the diagonal is a mirror
+    above = first_m + m <= first_n + n
+    high = tl.where(above, high, low)
+
+    left_ptrs = left_ptr + (m + offs_m[:, None]).to(tl.int64) * stride_pr + offs_k[None, :]
+    right_ptrs = right_ptr + (n + offs_n[:, None]).to(tl.int64) * stride_pr + offs_k[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for j in range(low, high, FLUSH):
+        part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for step in tl.static_range(0, FLUSH, BLOCK_K):
+            a = tl.load(left_ptrs + j + step)  # [BLOCK_M, BLOCK_K]
+            b = tl.load(right_ptrs + j + step)  # [BLOCK_N, BLOCK_K]
+            part = tl.dot(a, tl.trans(b), part, input_precision="ieee" if EXACT else "tf32x3")
+        acc += part
+
+    offs_m += first_m + m
+    offs_n += first_n + n
+    if above:
+        whole = first_n + n + BLOCK_N <= T
+        if first_m + m == first_n + n:
+            # both halves of a tile on the diagonal from one of them
+            acc = tl.where(offs_m[:, None] <= offs_n[None, :], acc, tl.trans(acc))
+            _write_tile(C_ptr, acc, offs_m, offs_n, T, stride_ct, whole, ADD)
+        else:
+            _write_tile(C_ptr, acc, offs_m, offs_n, T, stride_ct, whole, ADD)
+            _write_tile(C_ptr, tl.trans(acc), offs_n, offs_m, T, stride_ct, whole, ADD)
+
+
+def panel_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    start: torch.Tensor,
+    stop: torch.Tensor,
+    offset: int,
+    bias: torch.Tensor | None,
+    slope: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    pivot: torch.Tensor,
+    unit: torch.Tensor | None,
+    first: int,
+    panel: torch.Tensor,
+) -> None:
+    """Rows first… of P, times unit where it is given, into panel, whose sides are multiples of SPAN; q is one head's."""
+    T, D = q.shape
+    rows, keys = panel.shape
+    tiles = launch(D, q.element_size(), architecture(q))
+    _panel_kernel[(rows // tiles.BLOCK_M, keys // SPAN)](
+        q, k, start, stop, bias, slope, pivot, unit, panel,
+        *q.stride(), *k.stride(), *((0, 0) if bias is None else bias.expand(T, k.shape[0]).stride()), panel.stride(0),
+        T, k.shape[0], first, offset, scale, softcap or None,
+        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), SPAN=SPAN, **tiles._asdict(), enable_fp_fusion=True,
+    )
+
+
+def products_fwd(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    C: torch.Tensor,
+    first_m: int,
+    first_n: int,
+    add: bool,
+) -> None:
+    """C = the products of rows first_m… and first_n ≥ first_m…, or C +=, and their mirror; low and high: each TILE's."""
+    tiles = launch_products(architecture(C))
+    _products_kernel[(left.shape[0] // tiles.BLOCK_M, right.shape[0] // tiles.BLOCK_N)](
+        left, right, low, high, C, left.stride(0), C.stride(0), C.shape[0], first_m, first_n,
+        ADD=add, EXACT=architecture(C) == 0, TILE=TILE, FLUSH=FLUSH, **tiles._asdict(), enable_fp_fusion=True,
+    )
