@@ -88,6 +88,26 @@ def _edges(case: Case) -> dict:
     }  # fmt: skip
 
 
+def _panel(case: Case) -> dict:
+    """One head's rows, and those of another panel."""
+    half, T, D = case.dtype, LENGTH, case.D
+    bias = _empty(T, T, dtype=half) if "bias" in case.options else None
+    panel = _empty(2048, T, dtype=torch.float64 if "double" in case.options else torch.float32)
+    return {
+        "q": _empty(T, D, dtype=half), "k": _empty(T, D, dtype=half), "start": _empty(T, dtype=torch.int32),
+        "stop": _empty(T, dtype=torch.int32), "bias": bias, "slope": _empty() if "slopes" in case.options else None,
+        "pivot": _empty(T), "unit": _empty(T) if "unit" in case.options else None, "first": 0, "panel": panel,
+    }  # fmt: skip
+
+
+def _products(case: Case) -> dict:
+    panel, blocks = _empty(2048, LENGTH), _empty(LENGTH // 128, dtype=torch.int32)
+    return {
+        "left": panel, "right": panel, "low": blocks, "high": blocks, "C": _empty(LENGTH, LENGTH),
+        "first_m": 0, "first_n": 0, "add": "add" in case.options,
+    }  # fmt: skip
+
+
 def _scanned(case: Case) -> dict:
     N, E, half = case.D, 2048, case.dtype
     tokens, narrow = _empty(BATCH, LENGTH, E, dtype=half), _empty(BATCH, LENGTH, N, dtype=half)
@@ -151,6 +171,11 @@ KERNELS = {
     "scores_fwd": Kernel(
         "attention.topk", (64, 128), arguments=lambda case: {"heads": range(2), "rows": range(1024)}
     ),
+    "panel_fwd": Kernel(
+        "covariance", (64, 128, 256), plain="double unit", extras=("", "double bias softcap slopes unit"),
+        arguments=_panel,
+    ),
+    "products_fwd": Kernel("covariance", (None,), extras=("add",), arguments=_products),
     "received_fwd": Kernel("statistics.received", (32, 64, 128), extras=("bias softcap slopes",)),
     "pair_statistics_fwd": Kernel("statistics.pairs", (32, 64, 128), extras=("bias softcap slopes",), scores=2),
     "chosen_probs_fwd": Kernel(

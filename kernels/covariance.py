@@ -12,6 +12,7 @@ Cost: 2·D flops, one exp2 and a write, 4 or 8 bytes, an entry of a panel; 2·ke
 the diagonal, over the keys that both blocks of rows may attend.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from ._primitives import (
     slope,
 )
 
-# keys that one program writes
+# keys that one program writes, if that divides them
 SPAN = 512
 # keys that are summed in the accumulator of the tensor cores
 FLUSH = 128
@@ -46,18 +47,18 @@ class Products(NamedTuple):
 
 def launch(D: int, itemsize: int, arch: int) -> Launch:
     """Tiles of a panel by head dim and dtype; arch is `architecture`'s."""
-    if itemsize == 4:
-        return Launch(32, 16, 8 if arch else 4, 1)
+    if itemsize == 4 and arch != 0:
+        return Launch(32, 16, 8, 1)
     if D > 128 or arch == 0:
-        return Launch(32, 64, 4, 1)
+        return Launch(64, 32, 4, 1)
     return Launch(64, 64, 4, 2) if arch in (90, 100) else Launch(32, 64, 4, 2)
 
 
 def launch_products(arch: int) -> Products:
-    """Tiles of C, which divide TILE; arch is `architecture`'s."""
-    if arch in (90, 100):
-        return Products(128, 128, 32, 8, 2)
-    return Products(64, 64, 32, 4, 2) if arch else Products(64, 64, 32, 4, 1)
+    """Tiles of C, which divide TILE: square ones spill where they are mirrored; arch is `architecture`'s."""
+    if arch == 0:
+        return Products(64, 64, 32, 4, 1)
+    return Products(128, 64, 32 if arch in (90, 100) else 16, 8, 2)
 
 
 @triton.jit(do_not_specialize=["T", "S", "first", "offset", "scale", "softcap"])
@@ -96,15 +97,19 @@ def _panel_kernel(
 
 
 @triton.jit
-def _write_tile(C_ptr, c, offs_row, offs_col, T, stride_ct, whole, ADD: tl.constexpr):
-    """c as the tile of C at rows offs_row and columns offs_col, or added to it; some may not exist unless whole."""
-    ptrs = C_ptr + offs_row[:, None].to(tl.int64) * stride_ct + offs_col[None, :]
+def _write_tile(C_ptr, c, first_row, first_col, T, stride_ct, whole, UPPER: tl.constexpr, ADD: tl.constexpr):
+    """c as the tile of C at first_row and first_col, or added to it; unless whole, only what exists, on one side."""
+    offs_row, offs_col = tl.arange(0, c.shape[0])[:, None], tl.arange(0, c.shape[1])[None, :]
+    C_ptr += tl.cast(first_row, tl.int64) * stride_ct + first_col
+    ptrs = C_ptr + (offs_row * stride_ct + offs_col)
     if whole:
         if ADD:
             c += tl.load(ptrs)
         tl.store(ptrs, c)
     else:
-        mask = (offs_row[:, None] < T) & (offs_col[None, :] < T)
+        mask = (offs_row < T - first_row) & (offs_col < T - first_col)
+        above = first_row + offs_row <= first_col + offs_col
+        mask &= above == UPPER
         if ADD:
             c += tl.load(ptrs, mask=mask, other=0.0)
         tl.store(ptrs, c, mask=mask)
@@ -132,23 +137,18 @@ def _products_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for j in range(low, high, FLUSH):
         part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for step in tl.static_range(0, FLUSH, BLOCK_K):
+        for step in range(0, FLUSH, BLOCK_K):
             a = tl.load(left_ptrs + j + step)  # [BLOCK_M, BLOCK_K]
             b = tl.load(right_ptrs + j + step)  # [BLOCK_N, BLOCK_K]
             part = tl.dot(a, tl.trans(b), part, input_precision="ieee" if EXACT else "tf32x3")
         acc += part
 
-    offs_m += first_m + m
-    offs_n += first_n + n
     if above:
-        whole = first_n + n + BLOCK_N <= T
-        if first_m + m == first_n + n:
-            # both halves of a tile on the diagonal from one of them
-            acc = tl.where(offs_m[:, None] <= offs_n[None, :], acc, tl.trans(acc))
-            _write_tile(C_ptr, acc, offs_m, offs_n, T, stride_ct, whole, ADD)
-        else:
-            _write_tile(C_ptr, acc, offs_m, offs_n, T, stride_ct, whole, ADD)
-            _write_tile(C_ptr, tl.trans(acc), offs_n, offs_m, T, stride_ct, whole, ADD)
+        m, n = first_m + m, first_n + n
+        # where a tile meets the diagonal, what lies below it is the mirror of what lies above
+        whole = (m + BLOCK_M <= n) & (n + BLOCK_N <= T)
+        _write_tile(C_ptr, acc, m, n, T, stride_ct, whole, True, ADD)
+        _write_tile(C_ptr, tl.trans(acc), n, m, T, stride_ct, whole, False, ADD)
 
 
 def panel_fwd(
@@ -166,15 +166,16 @@ def panel_fwd(
     first: int,
     panel: torch.Tensor,
 ) -> None:
-    """Rows first… of P, times unit where it is given, into panel, whose sides are multiples of SPAN; q is one head's."""
+    """Rows first… of P, times unit where it is given, into panel, whose sides are multiples of TILE; q is one head's."""
     T, D = q.shape
     rows, keys = panel.shape
     tiles = launch(D, q.element_size(), architecture(q))
-    _panel_kernel[(rows // tiles.BLOCK_M, keys // SPAN)](
+    span = math.gcd(keys, SPAN)
+    _panel_kernel[(rows // tiles.BLOCK_M, keys // span if span else 0)](
         q, k, start, stop, bias, slope, pivot, unit, panel,
         *q.stride(), *k.stride(), *((0, 0) if bias is None else bias.expand(T, k.shape[0]).stride()), panel.stride(0),
         T, k.shape[0], first, offset, scale, softcap or None,
-        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), SPAN=SPAN, **tiles._asdict(), enable_fp_fusion=True,
+        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), SPAN=span, **tiles._asdict(), enable_fp_fusion=True,
     )
 
 

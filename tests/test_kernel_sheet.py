@@ -20,6 +20,7 @@ STATES = {"_channel_kernel", "_group_states_kernel"}
 # they mask every tile
 WITHOUT_SPLIT = {"_scores_kernel", "_attention_map_kernel", "_attention_topk_kernel"}
 WITHOUT_SPLIT |= {"_edge_rows_kernel", "_edge_columns_kernel", "_edge_map_kernel"}
+WITHOUT_SPLIT |= {"_panel_kernel", "_products_kernel"}
 # an SM issues 128 lanes a clock beside 16 exponentials, and beside the products of 8 scores where D + V is 256
 LOOPS = {
     "_row_statistics_kernel D=64 bfloat16": 8,
@@ -57,6 +58,8 @@ def check(rows):
         if row["function"] == "_attention_fwd_kernel" and {"probs", "bfloat16"} <= {*row["config"].split()}:
             bits = 64 if "D=256" in name else 128
             assert row["store"] >= bits, f"{name}: probs stored {row['store']} bits at a time"
+        if row["function"] == "_panel_kernel" and "bfloat16" in row["config"] and row["store"]:
+            assert row["store"] >= 128, f"{name}: a panel stored {row['store']} bits at a time"
 
 
 def check_split(rows):

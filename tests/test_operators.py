@@ -77,6 +77,13 @@ OPERATORS = {
     "attention_rows": Operator(rows_of, "keys"),
     "attention_topk": Operator(lambda q, k, v, options: ca.attention_topk(q, k, 5, **options), "row row"),
     "attention_topk past 64": Operator(lambda q, k, v, options: ca.attention_topk(q, k, 70, **options), "row row"),
+    "attention_covariance": Operator(lambda q, k, v, options: (ca.attention_covariance(q, k, **options),), "map"),
+    "attention_correlation": Operator(
+        lambda q, k, v, options: (ca.attention_correlation(q, k, center=True, dtype=torch.float32, **options),), "map"
+    ),
+    "covariance of outputs": Operator(
+        lambda q, k, v, options: (ca.attention_covariance(q, k, v=v, dtype=torch.float32, **options),), "map"
+    ),
     "row statistics": Operator(
         lambda q, k, v, options: [x for x in ca.attention_stats(q, k, want=ROWS, **options) if x is not None],
         " ".join("row" for _ in ROWS),

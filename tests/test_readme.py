@@ -20,6 +20,7 @@ MODULES = [
     "linear_attention.step",
     "conventions",
     "attention",
+    "covariance",
     "statistics",
     "nulls",
     "dense",

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import Backend, accumulator
@@ -11,6 +12,7 @@ from .._checks import Logits, check_qk, check_v, resolve_logits, resolve_mask, r
 from ..attention.forward import attend
 from ..masks import Intervals, Mask
 from .operators import covariance_of_attention, covariance_of_rows
+from .rows import FAR
 
 __all__ = ["attention_correlation", "attention_covariance"]
 
@@ -78,7 +80,7 @@ def attention_covariance(
         >>> q = k = torch.eye(2).view(1, 1, 2, 2)
         >>> attention_covariance(q, k, causal=True, dtype=torch.float32)
         tensor([[[[1.0000, 0.3302],
-                  [0.3302, 0.5577]]]])
+                  [0.3302, 0.5576]]]])
     """
     chosen = _Chosen(heads, sum_heads, tokens, center, condition_on_sink, False, dtype)
     options = {"bias": bias, "alibi_slopes": alibi_slopes, "scale": scale, "softcap": softcap, "sink": sink}
@@ -176,7 +178,7 @@ def _covariance(
         _check_first(intervals)
         intervals = intervals.without_first()
         logits = logits._replace(start=intervals.start, stop=intervals.stop)
-    hull = _hull(intervals, k.shape[2]) if chosen.center and v is None else None
+    hull = _hull(intervals) if chosen.center and v is None else None
     if chosen.heads is not None:
         q, k, v, logits = _of_heads(_resolve_heads(chosen.heads, q.shape[1]), q, k, v, logits)
     if chosen.tokens is not None:
@@ -212,14 +214,13 @@ def _check_first(intervals: Intervals) -> None:
         )
 
 
-def _hull(intervals: Intervals, S: int) -> Tensor:
+def _hull(intervals: Intervals) -> Tensor:
     """The first and one past the last key that some query of a sequence may attend, [B or 1, 2] int32."""
     start, stop = intervals.start, intervals.stop
-    low = torch.where(stop > start, start, S)
     # one more column: there may be no query
-    low, high = (torch.nn.functional.pad(x, (0, 1), value=end) for x, end in ((low, S), (stop, 0)))
-    high = high.amax(1)
-    return torch.stack([torch.minimum(low.amin(1), high), high], 1)
+    low = F.pad(torch.where(stop > start, start, FAR), (0, 1), value=FAR).amin(1)
+    high = F.pad(stop, (0, 1)).amax(1)
+    return torch.stack([torch.minimum(low, high), high], 1)
 
 
 def _resolve_heads(heads: Iterable[int], H: int) -> list[int]:

@@ -36,7 +36,7 @@ class MatrixRows:
     def __init__(self, x: Tensor, center: bool, kernel: bool):
         self.x, self.kernel = x, kernel
         self.T, self.W = x.shape
-        self.tile = tile_of(x)
+        self.tile = tile_of(x, kernel)
         self.chunk = min(self.tile, -(-self.W // WIDTH) * WIDTH) or WIDTH
         self.width = -(-self.W // self.chunk) * self.chunk
         self.hull = x.new_tensor([0, self.W], dtype=torch.int32) if center else None
@@ -61,9 +61,11 @@ class MatrixRows:
             multiply(self, C, left, right, m, n, add)
 
 
-def tile_of(x: Tensor) -> int:
-    """A tile that fills the multiprocessors of a GPU, or the cache of a CPU."""
-    return 1024 if x.is_cuda else 512
+def tile_of(x: Tensor, kernel: bool) -> int:
+    """A tile that fills the multiprocessors of a GPU, the cache of a CPU, or no more than it must of an interpreter."""
+    if x.is_cuda:
+        return 1024
+    return 128 if kernel else 512
 
 
 def panel_dtype(x: Tensor, dtype: torch.dtype, kernel: bool) -> torch.dtype:

@@ -59,7 +59,7 @@ class KernelRows:
         causal: bool, b: int, h: int,
     ):  # fmt: skip
         self.T, self.S = q.shape[2], k.shape[2]
-        self.tile = self.chunk = tile_of(q)
+        self.tile = self.chunk = tile_of(q, True)
         self.width = -(-self.S // self.chunk) * self.chunk
         self.hull, self.causal, self.offset = hull, causal, logits.offset
         row = b if len(logits.start) > 1 else 0

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .._backend import Backend, accumulator
 from .._checks import check_square, resolve_mask
+from ..covariance import check_dtype
+from ..covariance.operators import covariance_of_rows
 from ..masks import Intervals, Mask
 from ..nulls import SOURCE, Null, Statistic, check_statistic, null_from_stats
 from ..statistics import DEFAULT
@@ -27,8 +29,8 @@ from .pairs import PAIRS, dense_pairs
 from .rows import ROWS, dense_rows
 
 __all__ = [
-    "asymmetry", "asymmetry_matrix", "attention_stats", "dag_score", "do_cut", "do_hard", "do_patch", "do_soft",
-    "offset_null", "permutation_null",
+    "asymmetry", "asymmetry_matrix", "attention_stats", "correlation", "covariance", "dag_score", "do_cut", "do_hard",
+    "do_patch", "do_soft", "offset_null", "permutation_null",
 ]  # fmt: skip
 
 
@@ -140,6 +142,54 @@ def asymmetry_matrix(A: Tensor) -> Tensor:
     return A - A.mT
 
 
+def covariance(
+    A: Tensor, *, center: bool = False, dtype: torch.dtype = torch.float64, backend: Backend = "auto"
+) -> Tensor:
+    """C = A Aᵀ, of which only the tiles on and above the diagonal are multiplied: see `attention_covariance`.
+
+    Args:
+        A, backend: as in `attention_stats`; entries may have any sign.
+        center: subtract from each row its mean over the S keys, so that C is (S − 1)·numpy.cov(A).
+        dtype: float64, or float32 where A is no float64.
+
+    Returns:
+        [T, T], [H, T, T] or [B, H, T, T] in dtype, symmetric to the last bit, without gradient.
+
+    Raises:
+        ValueError: A has another rank.
+        TypeError: A is not a floating point tensor, or is float64 with backend="triton"; another dtype.
+        NotImplementedError: A requires grad where gradients are recorded.
+
+    Example:
+        >>> covariance(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), dtype=torch.float32)
+        tensor([[1.0000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+    return _products(A, center, False, dtype, backend)
+
+
+def correlation(
+    A: Tensor, *, center: bool = False, dtype: torch.dtype = torch.float64, backend: Backend = "auto"
+) -> Tensor:
+    """R_ij = C_ij / √(C_ii C_jj) of `covariance`: see `attention_correlation`. With center it is numpy.corrcoef(A).
+
+    Args:
+        A, center, dtype, backend: as in `covariance`.
+
+    Returns:
+        As `covariance`; the diagonal is exactly 1, and a row of zeros has 0 throughout.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `covariance`.
+
+    Example:
+        >>> correlation(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), dtype=torch.float32)
+        tensor([[1.0000, 0.7071],
+                [0.7071, 1.0000]])
+    """
+    return _products(A, center, True, dtype, backend)
+
+
 def permutation_null(
     A: Tensor,
     *,
@@ -197,6 +247,15 @@ def offset_null(A: Tensor, *, mask: Mask | Intervals | None = None) -> Tensor:
     """
     heads = heads_of(A)
     return offset_means(heads, resolve_mask(heads, heads.mT, mask, False)).reshape(A.shape)
+
+
+def _products(A: Tensor, center: bool, scaled: bool, dtype: torch.dtype, backend: Backend) -> Tensor:
+    heads = heads_of(A)
+    check_dtype(dtype, A)
+    if torch.is_grad_enabled() and A.requires_grad:
+        raise NotImplementedError(f"{'correlation' if scaled else 'covariance'} has no gradient: pass A.detach()")
+    C = covariance_of_rows(heads, center, False, scaled, dtype, backend)
+    return C.reshape(*A.shape[:-1], A.shape[-2])
 
 
 def _like(A: Tensor, value: Tensor | Asymmetry) -> Tensor | Asymmetry:
