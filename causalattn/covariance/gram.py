@@ -76,11 +76,12 @@ def panel_dtype(x: Tensor, dtype: torch.dtype, kernel: bool) -> torch.dtype:
 def add_products(C: Tensor, rows: Rows, dtype: torch.dtype, add: bool) -> None:
     """C [T, T] = P Pᵀ, or C += P Pᵀ, from panels of dtype."""
     T, tile = rows.T, rows.tile
+    if T == 0:
+        return
     height = min(PANEL_TILES, -(-T // tile)) * tile
     space = C.new_empty(1 if height >= T else 2, height, rows.width, dtype=dtype)
     left, right = space[0], space[-1]
-    if T > 0:
-        rows.fill(left, 0)
+    rows.fill(left, 0)
     for m in range(0, T, height):
         rows.multiply(C, left, left, m, m, add)
         for n in reversed(range(m + height, T, height)):
