@@ -57,7 +57,7 @@ def launch(D: int, itemsize: int, arch: int) -> Launch:
 def launch_products(arch: int) -> Products:
     """Tiles of C, which divide TILE: square ones spill where they are mirrored; arch is `architecture`'s."""
     if arch == 0:
-        return Products(64, 64, 32, 4, 1)
+        return Products(128, 64, 32, 4, 1)
     return Products(128, 64, 32 if arch in (90, 100) else 16, 8, 2)
 
 
@@ -166,7 +166,7 @@ def panel_fwd(
     first: int,
     panel: torch.Tensor,
 ) -> None:
-    """Rows first… of P, times unit where it is given, into panel, whose sides are multiples of TILE; q is one head's."""
+    """Rows first… of one head's P, times unit where it is given, into panel, whose sides are multiples of TILE."""
     T, D = q.shape
     rows, keys = panel.shape
     tiles = launch(D, q.element_size(), architecture(q))
@@ -189,7 +189,10 @@ def products_fwd(
     first_n: int,
     add: bool,
 ) -> None:
-    """C = the products of rows first_m… and first_n ≥ first_m…, or C +=, and their mirror; low and high: each TILE's."""
+    """C = the products of rows first_m… and first_n ≥ first_m…, or C +=, and their mirror.
+
+    low and high: the first and one past the last key of each TILE of rows.
+    """
     tiles = launch_products(architecture(C))
     _products_kernel[(left.shape[0] // tiles.BLOCK_M, right.shape[0] // tiles.BLOCK_N)](
         left, right, low, high, C, left.stride(0), C.stride(0), C.shape[0], first_m, first_n,

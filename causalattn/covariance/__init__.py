@@ -37,7 +37,7 @@ def attention_covariance(
     dtype: torch.dtype = torch.float64,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Return C = A Aᵀ, the inner products of the rows of the attention matrix, whose T×S entries are never held at once.
+    """Return C = A Aᵀ, the inner products of the rows of an attention matrix that is never held whole.
 
         C_ij = Σ_k A_ik A_jk, A as in `attention`;  with v, C = Z Zᵀ of its outputs Z = A V
 

@@ -98,13 +98,17 @@ def multiply(rows: Rows, C: Tensor, left: Tensor, right: Tensor, m0: int, n0: in
     product = c if left.dtype == c.dtype else left.new_empty(tile, tile)
     for m in range(m0, min(m0 + len(left), T), tile):
         for n in range(max(m, n0), min(n0 + len(right), T), tile):
-            c.zero_()
-            for j in rows.chunks(m, n):
-                a, b = left[m - m0 :][:tile, j : j + chunk], right[n - n0 :][:tile, j : j + chunk]
-                if product is c:
-                    c.addmm_(a, b.T)
+            chunks = rows.chunks(m, n)
+            if not chunks:
+                c.zero_()
+            for j in chunks:
+                a, b = left[m - m0 :][:tile, j : j + chunk], right[n - n0 :][:tile, j : j + chunk].T
+                if product is not c:
+                    _place(c, torch.mm(a, b, out=product), j > chunks[0])
+                elif j == chunks[0]:
+                    torch.mm(a, b, out=c)
                 else:
-                    c += torch.mm(a, b.T, out=product)
+                    c.addmm_(a, b)
             # both halves of a tile on the diagonal from one of them
             whole = c.triu() + c.triu(1).T if m == n else c
             _place(C[m : m + tile, n : n + tile], whole, add)

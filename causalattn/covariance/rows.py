@@ -28,16 +28,16 @@ class HeadRows:
             self.keys = range(low // BLOCK * BLOCK, high, BLOCK)
 
     def fill(self, panel: Tensor, first: int) -> None:
-        panel.zero_()
         for m in range(first, min(first + len(panel), self.T), BLOCK):
             rows = slice(m, min(m + BLOCK, self.T))
-            count = rows.stop - m
-            for n in self.head.key_blocks(m):
-                x = self.head.scores(m, n)[:count]
-                p = self.head.exponents(x, self.pivot[rows]).exp2_()
-                if self.unit is not None:
-                    p.mul_(self.unit[rows])
-                panel[m - first :][:count, n : n + BLOCK] = p
+            count, keys = rows.stop - m, self.head.key_blocks(m)
+            p = panel[m - first :][:BLOCK]
+            p[:, : keys.start].zero_()
+            p[:, keys[-1] + BLOCK if keys else keys.start :].zero_()
+            p[count:].zero_()
+            for n in keys:
+                x = self.head.exponents(self.head.scores(m, n)[:count], self.pivot[rows]).exp2_()
+                p[:count, n : n + BLOCK] = x if self.unit is None else x.mul_(self.unit[rows])
         if self.hull is not None:
             center_panel(panel, self.hull, self.tile, self.chunk)
 

@@ -4,9 +4,9 @@ import numpy as np
 
 
 def covariance(rows: np.ndarray, *, center: bool = False, keys: np.ndarray | None = None) -> np.ndarray:
-    """C_ij = Σ_k X_ik X_jk, X = rows [..., T, S], less each row's mean over keys, bool [B, S], with center: [..., T, T].
+    """C_ij = Σ_k X_ik X_jk of X = rows [..., T, S], each less its mean over keys with center: [..., T, T].
 
-    keys: which of S a sequence has, all by default; the others hold 0.
+    keys: which of S a sequence has, bool [B, S], all by default; the others hold 0.
     """
     x = rows.astype(np.float64)
     if center:
