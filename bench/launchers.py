@@ -44,6 +44,7 @@ class Kernel(NamedTuple):
     plain: str = ""  # options on every architecture
     extras: tuple[str, ...] = ()  # options on Hopper too, the heaviest last
     scores: int = 1  # entries of A an entry of a tile: 2 where a tile meets its mirror
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     arguments: Callable[[Case], dict] = lambda case: {}  # what it alone takes
 
 
@@ -105,6 +106,21 @@ def _products(case: Case) -> dict:
     return {
         "left": panel, "right": panel, "low": blocks, "high": blocks, "C": _empty(LENGTH, LENGTH),
         "first_m": 0, "first_n": 0, "add": "add" in case.options,
+    }  # fmt: skip
+
+
+def _correlated(case: Case) -> dict:
+    """Heads of 512 tokens, and tests of D given ones."""
+    heads, tokens, D = 8, 512, case.D or 1
+    square = (heads, tokens, tokens)
+    return {
+        "R": _empty(*square, dtype=case.dtype), "inverse": _empty(*square, dtype=case.dtype),
+        "adjacency": _empty(*square, dtype=torch.bool),
+        "ancestors": _empty(*square, dtype=torch.bool) if "ancestors" in case.options else None,
+        "first": _empty(heads, tokens + 1, dtype=torch.int32), "given": _empty(heads, 4096, D, dtype=torch.int64),
+        "members": _empty(1, 65536, D + 2, dtype=torch.int64),
+        "rows": _empty(heads, tokens, LENGTH) if "rows" in case.options else None,
+        "floor": 2.0**-39, "rows_floor": 2.0**-39,
     }  # fmt: skip
 
 
@@ -176,6 +192,18 @@ KERNELS = {
         arguments=_panel,
     ),
     "products_fwd": Kernel("covariance", (None,), extras=("add",), arguments=_products),
+    # D is the number of given tokens here
+    "partial_corr_fwd": Kernel(
+        "partial_corr.batch", (0, 1, 3, 8, 16), extras=("rows",), arguments=_correlated,
+        dtypes=(torch.float64, torch.float32),
+    ),
+    "level_one_fwd": Kernel(
+        "partial_corr.level", (None,), arguments=_correlated, dtypes=(torch.float64, torch.float32)
+    ),
+    "level_sets_fwd": Kernel(
+        "partial_corr.level", (1, 2, 4, 8), extras=("ancestors",), arguments=_correlated,
+        dtypes=(torch.float64, torch.float32),
+    ),
     "received_fwd": Kernel("statistics.received", (32, 64, 128), extras=("bias softcap slopes",)),
     "pair_statistics_fwd": Kernel("statistics.pairs", (32, 64, 128), extras=("bias softcap slopes",), scores=2),
     "chosen_probs_fwd": Kernel(
@@ -213,7 +241,7 @@ def all_cases() -> list[Case]:
     cases = []
     for name, kernel in KERNELS.items():
         for D in kernel.sizes:
-            for dtype in (torch.bfloat16, torch.float32):
+            for dtype in kernel.dtypes:
                 cases += [Case(name, D, dtype, frozenset(kernel.plain.split()), arch) for arch in ARCHITECTURES]
                 cases += [Case(name, D, dtype, frozenset(extra.split()), "sm_90") for extra in kernel.extras]
     return cases
