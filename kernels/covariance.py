@@ -171,7 +171,7 @@ def panel_fwd(
     rows, keys = panel.shape
     tiles = launch(D, q.element_size(), architecture(q))
     span = math.gcd(keys, SPAN)
-    _panel_kernel[(rows // tiles.BLOCK_M, keys // span if span else 0)](
+    _panel_kernel[(rows // tiles.BLOCK_M, keys // span)](
         q, k, start, stop, bias, slope, pivot, unit, panel,
         *q.stride(), *k.stride(), *((0, 0) if bias is None else bias.expand(T, k.shape[0]).stride()), panel.stride(0),
         T, k.shape[0], first, offset, scale, softcap or None,

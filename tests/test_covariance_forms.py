@@ -12,8 +12,8 @@ from causalattn.reference.covariance import correlation, covariance
 
 @pytest.mark.parametrize("backend", PATHS)
 def test_heads_and_tokens_are_those_of_the_whole(backend):
-    q, k, v = make_qkv(2, 4, 2, 300, 300, 16)
-    options = {"causal": True, "alibi_slopes": torch.rand(2, 4, device=DEVICE), "sink": torch.randn(4, device=DEVICE)}
+    q, k, v = make_qkv(1, 4, 2, 300, 300, 16)
+    options = {"causal": True, "alibi_slopes": torch.rand(1, 4, device=DEVICE), "sink": torch.randn(4, device=DEVICE)}
     options |= {"bias": torch.randn(4, 1, 300, device=DEVICE), "backend": backend}
     heads, tokens = [2, -3], torch.tensor([299, 5, -10], device=DEVICE)
     for values in (None, v):

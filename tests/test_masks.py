@@ -209,3 +209,11 @@ def test_bad_input_is_named(message):
     with pytest.raises(ValueError) as error:
         BAD[message]()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(SQUARE_MASKS))
+def test_a_mask_that_says_it_is_causal_is(name):
+    mask = make_mask(name, 2, 20)
+    seen = to_numpy(mask.to_dense(20, 20))
+    assert not mask.is_causal() or not np.triu(seen, 1).any()
+    assert mask.is_causal() or name not in ("causal", "packed_causal", "window", "padded_left")

@@ -242,13 +242,17 @@ def _resolve_heads(heads: Iterable[int], H: int) -> list[int]:
 def _of_heads(
     numbers: list[int], q: Tensor, k: Tensor, v: Tensor | None, logits: Logits
 ) -> tuple[Tensor, Tensor, Tensor | None, Logits]:
-    """What some heads take, a key head for each of them."""
+    """What some heads take, a key head for each of them unless one serves all."""
     group = q.shape[1] // k.shape[1]
     keys = [h // group for h in numbers]
 
-    def of(x: Tensor | None) -> Tensor | None:
-        return x[:, numbers] if x is not None and x.shape[1] > 1 else x
+    def of(x: Tensor | None, chosen: list[int], axis: int = 1) -> Tensor | None:
+        if x is None or x.shape[axis] == 1:
+            return x
+        # slices: a list of numbers would have to reach a GPU first
+        return torch.stack([x.select(axis, h) for h in chosen], axis)
 
-    sink = None if logits.sink is None else logits.sink[numbers]
-    logits = logits._replace(bias=of(logits.bias), slopes=of(logits.slopes), sink=sink)
-    return q[:, numbers], k[:, keys], None if v is None else v[:, keys], logits
+    logits = logits._replace(
+        bias=of(logits.bias, numbers), slopes=of(logits.slopes, numbers), sink=of(logits.sink, numbers, 0)
+    )
+    return of(q, numbers), of(k, keys), of(v, keys), logits

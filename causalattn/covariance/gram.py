@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# rows of a panel, in tiles
-PANEL_TILES = 2
+# of a panel
+PANEL_BLOCKS = 2
 # numbers of a row that are multiplied at once are a multiple of this
 WIDTH = 128
 
@@ -17,7 +17,8 @@ class Rows(Protocol):
 
     T: int
     width: int  # numbers of a row, a multiple of chunk
-    tile: int  # rows and columns of C that are multiplied at once
+    block: int  # rows that are formed at once
+    tile: int  # rows and columns of C that are multiplied at once, of which a block is made
     chunk: int  # numbers of a row, at once too
 
     def fill(self, panel: Tensor, first: int) -> None:
@@ -36,17 +37,17 @@ class MatrixRows:
     def __init__(self, x: Tensor, center: bool, kernel: bool):
         self.x, self.kernel = x, kernel
         self.T, self.W = x.shape
-        self.tile = tile_of(x, kernel)
-        self.chunk = min(self.tile, -(-self.W // WIDTH) * WIDTH) or WIDTH
+        self.block, self.tile = block_and_tile(x, kernel)
+        self.chunk = min(self.block, -(-self.W // WIDTH) * WIDTH) or WIDTH
         self.width = -(-self.W // self.chunk) * self.chunk
-        self.hull = x.new_tensor([0, self.W], dtype=torch.int32) if center else None
+        self.hull = torch.arange(2, dtype=torch.int32, device=x.device) * self.W if center else None
 
     def fill(self, panel: Tensor, first: int) -> None:
         panel.zero_()
         x = self.x[first : first + len(panel)]
         panel[: len(x), : self.W] = x
         if self.hull is not None:
-            center_panel(panel, self.hull, self.tile, self.chunk)
+            center_panel(panel, self.hull, self.block, self.chunk)
 
     def chunks(self, m: int, n: int) -> range:
         return range(0, self.W, self.chunk)
@@ -55,17 +56,17 @@ class MatrixRows:
         if self.kernel and C.dtype == torch.float32:
             from ..kernels.covariance import TILE, products_fwd
 
-            low = torch.zeros(-(-self.T // self.tile) * self.tile // TILE, dtype=torch.int32, device=C.device)
+            low = torch.zeros(-(-self.T // self.block) * self.block // TILE, dtype=torch.int32, device=C.device)
             products_fwd(left, right, low, torch.full_like(low, self.W), C, m, n, add)
         else:
             multiply(self, C, left, right, m, n, add)
 
 
-def tile_of(x: Tensor, kernel: bool) -> int:
-    """A tile that fills the multiprocessors of a GPU, the cache of a CPU, or no more than it must of an interpreter."""
+def block_and_tile(x: Tensor, kernel: bool) -> tuple[int, int]:
+    """A tile that fills the multiprocessors of a GPU; one as good as any on a CPU, and no larger than a few tokens."""
     if x.is_cuda:
-        return 1024
-    return 128 if kernel else 512
+        return 1024, 1024
+    return 128 if kernel else 512, 128
 
 
 def panel_dtype(x: Tensor, dtype: torch.dtype, kernel: bool) -> torch.dtype:
@@ -75,10 +76,10 @@ def panel_dtype(x: Tensor, dtype: torch.dtype, kernel: bool) -> torch.dtype:
 
 def add_products(C: Tensor, rows: Rows, dtype: torch.dtype, add: bool) -> None:
     """C [T, T] = P Pᵀ, or C += P Pᵀ, from panels of dtype."""
-    T, tile = rows.T, rows.tile
+    T, block = rows.T, rows.block
     if T == 0:
         return
-    height = min(PANEL_TILES, -(-T // tile)) * tile
+    height = min(PANEL_BLOCKS, -(-T // block)) * block
     space = C.new_empty(1 if height >= T else 2, height, rows.width, dtype=dtype)
     left, right = space[0], space[-1]
     rows.fill(left, 0)
@@ -124,12 +125,12 @@ def _place(target: Tensor, c: Tensor, add: bool) -> None:
         target.copy_(c)
 
 
-def center_panel(panel: Tensor, hull: Tensor, tile: int, chunk: int) -> None:
+def center_panel(panel: Tensor, hull: Tensor, block: int, chunk: int) -> None:
     """Subtract from each row its mean over the keys hull[0] ≤ j < hull[1], in place; elsewhere it holds 0."""
     keys = torch.arange(panel.shape[1], device=panel.device)
     inside = (keys >= hull[0]) & (keys < hull[1])
     count = (hull[1] - hull[0]).clamp(min=1)
-    for rows in panel.split(tile):
+    for rows in panel.split(block):
         # tiles of one shape, so that the bits of a sum do not depend on how far a row is padded
         mean = sum(x.sum(1, keepdim=True, dtype=torch.float64) for x in rows.split(chunk, 1)) / count
         for x, some in zip(rows.split(chunk, 1), inside.split(chunk), strict=True):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._checks import Logits
 from .._tiles import BLOCK, Head
-from .gram import center_panel, multiply, tile_of
+from .gram import block_and_tile, center_panel, multiply
 
 FAR = 2**31 - 1
 
@@ -14,11 +14,12 @@ FAR = 2**31 - 1
 class HeadRows:
     """Tile by tile, as every operator of the torch path forms them; hull [2] with center: the keys a mean is over."""
 
-    tile = chunk = BLOCK
+    block = chunk = BLOCK
 
     def __init__(self, head: Head, pivot: Tensor, unit: Tensor | None, hull: Tensor | None):
         self.head, self.hull = head, hull
         self.T, self.width = head.T, len(head.k)
+        self.tile = min(BLOCK, block_and_tile(head.q, False)[1])
         self.pivot, self.unit = (None if x is None else x[head.b, head.h, :, None] for x in (pivot, unit))
         # where they cannot be read, all of them
         known = hull is not None and not hull.is_cuda
@@ -39,7 +40,7 @@ class HeadRows:
                 x = self.head.exponents(self.head.scores(m, n)[:count], self.pivot[rows]).exp2_()
                 p[:count, n : n + BLOCK] = x if self.unit is None else x.mul_(self.unit[rows])
         if self.hull is not None:
-            center_panel(panel, self.hull, self.tile, self.chunk)
+            center_panel(panel, self.hull, self.block, self.chunk)
 
     def chunks(self, m: int, n: int) -> range:
         if self.hull is not None:
@@ -59,7 +60,8 @@ class KernelRows:
         causal: bool, b: int, h: int,
     ):  # fmt: skip
         self.T, self.S = q.shape[2], k.shape[2]
-        self.tile = self.chunk = tile_of(q, True)
+        self.block, self.tile = block_and_tile(q, True)
+        self.chunk = self.block
         self.width = -(-self.S // self.chunk) * self.chunk
         self.hull, self.causal, self.offset = hull, causal, logits.offset
         row = b if len(logits.start) > 1 else 0
@@ -77,7 +79,7 @@ class KernelRows:
 
         panel_fwd(*self.arguments, first, panel)
         if self.hull is not None:
-            center_panel(panel, self.hull, self.tile, self.chunk)
+            center_panel(panel, self.hull, self.block, self.chunk)
 
     def chunks(self, m: int, n: int) -> range:
         last = self.S
@@ -99,7 +101,7 @@ class KernelRows:
         """The first and one past the last key that some row of each block may attend, [blocks] int32."""
         from ..kernels.covariance import TILE
 
-        missing = -self.T % self.tile
+        missing = -self.T % self.block
         low = F.pad(torch.where(self.stop > self.start, self.start, FAR), (0, missing), value=FAR)
         low, high = low.view(-1, TILE).amin(1), F.pad(self.stop, (0, missing)).view(-1, TILE).amax(1)
         if self.hull is not None:
