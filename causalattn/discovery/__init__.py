@@ -1,5 +1,6 @@
-"""From correlations of attention rows to graphs: tests that a search asks one at a time, and data for any other one."""
+"""From correlations of attention rows to graphs: tests that a search asks one at a time, data for any other, PAGs."""
 
 from .ci import CorrelationTest, surrogate_data
+from .pag import PAG, Mark, token_names
 
-__all__ = ["CorrelationTest", "surrogate_data"]
+__all__ = ["PAG", "CorrelationTest", "Mark", "surrogate_data", "token_names"]

@@ -1,13 +1,21 @@
-"""Our tests inside causal-learn's searches: pc(data, indep_test="causalattn") and fci(data, "causalattn")."""
+"""Our tests inside causal-learn's searches, pc(data, indep_test="causalattn") and fci; PAGs as its graphs and back."""
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..discovery.ci import correlate, correlation_lists
+from ..discovery.pag import PAG, Mark
 from ..partial_corr import Status
+
+if TYPE_CHECKING:
+    from causallearn.graph.GeneralGraph import GeneralGraph
+
+MISSING = "causal-learn is not installed: pip install causal-learn"
+ENDPOINTS = {0: Mark.NONE, -1: Mark.TAIL, 1: Mark.ARROW, 2: Mark.CIRCLE}
 
 
 def register(name: str = "causalattn") -> type:
@@ -38,7 +46,7 @@ def register(name: str = "causalattn") -> type:
     try:
         from causallearn.utils import cit
     except ImportError as error:
-        raise ImportError("causal-learn is not installed: pip install causal-learn") from error
+        raise ImportError(MISSING) from error
     known = cit._custom_ci_tests.get(name)
     return known if getattr(known, "of_causalattn", False) else cit.register_ci_test(name, _test_class(name, cit))
 
@@ -77,3 +85,47 @@ def _test_class(name: str, cit) -> type:
             return math.erfc(math.sqrt((self.n - len(given) - 3) / 2) * abs(math.atanh(r)))
 
     return CausalAttnTest
+
+
+def to_causal_learn(pag: PAG) -> "GeneralGraph":
+    """Make a graph of causal-learn, whose nodes have pag's names, in order, and whose ancestors are known.
+
+    Its matrix holds the mark at a where marks hold the one at b, with codes of its own:
+
+        graph.graph[a, b] = the mark at a on the edge between a and b: −1 tail, 1 arrow, 2 circle
+
+    Raises:
+        ImportError: causal-learn is not installed.
+
+    Example:
+        >>> graph = to_causal_learn(PAG.from_edges([(0, 1, "o->")], ["storm", "sank"]))
+        >>> print(*graph.get_graph_edges())
+        storm o-> sank
+    """
+    try:
+        from causallearn.graph.GeneralGraph import GeneralGraph
+        from causallearn.graph.GraphNode import GraphNode
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+    graph = GeneralGraph([GraphNode(name) for name in pag.names])
+    codes = {mark: code for code, mark in ENDPOINTS.items()}
+    graph.graph = np.array([codes[mark] for mark in range(len(codes))])[pag.marks.T]
+    graph.reconstitute_dpath(graph.get_graph_edges())
+    graph.set_pag(True)
+    return graph
+
+
+def from_causal_learn(graph: "GeneralGraph") -> PAG:
+    """The PAG of a graph of causal-learn, as its `fci` returns first.
+
+    Raises:
+        ValueError: two tokens have two edges, an edge has half a mark, or two nodes have the same name.
+    """
+    theirs = np.asarray(graph.graph).T
+    other = theirs[~np.isin(theirs, [*ENDPOINTS])]
+    if other.size:
+        raise ValueError(f"graph must have single edges of tails, arrows and circles, got a mark {other[0]}")
+    marks = np.zeros(theirs.shape, np.int8)
+    for code, mark in ENDPOINTS.items():
+        marks[theirs == code] = mark
+    return PAG(marks, tuple(node.get_name() for node in graph.get_nodes()))
