@@ -13,6 +13,7 @@ from ..analysis import Report, pick_heads, pick_sequence, window_probs
 from ..integrations.transformers.attention import AttentionCall
 from .drawing import ATTENTION, BLUE, DIVERGING, GREY, INK, ORANGE, Drawing, heatmap, sheet, token_ticks
 from .long import Weight, draw_map, draw_top_edges, largest_weights
+from .pag import draw_pag
 from .window import (
     EDGES,
     WINDOW,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EDGES", "WINDOW", "Drawing", "Edge", "Weight", "choose_window", "draw_all", "draw_attention", "draw_edges",
-    "draw_grid", "draw_map", "draw_outer_product", "draw_scores", "draw_top_edges", "edges_above_null",
+    "draw_grid", "draw_map", "draw_outer_product", "draw_pag", "draw_scores", "draw_top_edges", "edges_above_null",
     "largest_weights", "prettify", "real_tokens", "strength", "strongest_heads", "telling_edge", "window_mask",
 ]  # fmt: skip
 
