@@ -40,6 +40,10 @@ MODULES = [
     "partial_corr.fisher",
     "partial_corr.level_tests",
     "discovery.ci",
+    "discovery.pag",
+    "integrations.causal_learn",
+    "integrations.networkx",
+    "plot.pag",
 ]
 
 

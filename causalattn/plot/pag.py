@@ -8,7 +8,7 @@ import numpy as np
 
 from ..discovery.pag import PAG, Mark
 from .drawing import BLUE, GREY, INK, ORANGE, Drawing, sheet
-from .pag_layout import PAD, Layout, Name, circle, free, line, path, text_width
+from .pag_layout import PAD, TEXT, Layout, Name, circle, free, line, path, text_width
 from .window import prettify
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 # inches: half a token's width, the length of an arrow head and half its width, a circle's radius
 TOKEN, HEAD, HALF, RING = 0.045, 0.12, 0.05, 0.044
 STUB = TOKEN + HEAD + 0.03
-SIZE = 9
 LONGEST = 24
 # points, and the share of its colour that is left of what is not highlighted
 WIDTH, THINNEST, WIDEST = 1.3, 0.5, 3.2
@@ -183,7 +182,7 @@ def _draw_token(
     )
     ax.text(
         name.x, name.y, label, rotation=name.rotation, rotation_mode="anchor", ha=name.ha, va=name.va, color=colour,
-        fontsize=SIZE * scale, weight="bold" if bold else "normal", parse_math=False, gid=f"name {a}",
+        fontsize=TEXT * scale, weight="bold" if bold else "normal", parse_math=False, gid=f"name {a}",
         bbox={"facecolor": "white", "linewidth": 0, "pad": 0.3}, zorder=4,
     )  # fmt: skip
 
@@ -198,7 +197,7 @@ def _extent(pag: PAG, layout: Layout, labels: list[str]) -> tuple[np.ndarray, np
     for name, label in zip(layout.names, labels, strict=True):
         turn = math.radians(name.rotation)
         along, across = np.array([math.cos(turn), math.sin(turn)]), np.array([-math.sin(turn), math.cos(turn)])
-        width = text_width(label, SIZE + 0.5)
+        width = text_width(label)
         start = {"left": 0, "center": -0.5, "right": -1}[name.ha] * width
         up = {"bottom": 0.5, "center": 0, "top": -0.5}[name.va] * 0.15
         middle = np.array([name.x, name.y]) + up * across

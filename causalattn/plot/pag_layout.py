@@ -1,7 +1,7 @@
 """Where the tokens, names and edge ends of a graph lie, in inches: no two names and no two marks on one another."""
 
 import math
-import unicodedata
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +9,8 @@ import numpy as np
 
 from ..discovery.pag import PAG
 
+# points
+TEXT = 9
 # inches: from one edge end to the next at a token, from token to token, a line of text, from a token to its name
 STEP, GAP, LINE, PAD = 0.13, 0.12, 0.17, 0.16
 SMALLEST_RADIUS = 0.95
@@ -26,17 +28,24 @@ class Name(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """bars[a] [n, 2], the line that token a is drawn as; ends[a, b], a point and a direction, where edge a–b leaves a."""
+    """bars[a] [n, 2], the line that is token a; ends[a, b], the point where edge a–b leaves a, and its direction."""
 
     bars: list[np.ndarray]
     names: list[Name]
     ends: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]
 
 
-def text_width(text: str, size: float = 9) -> float:
-    """About how many inches wide a text is, rather more than less."""
-    wide = sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-    return wide * 0.62 * size / 72
+def text_width(text: str) -> float:
+    """How many inches wide a name is, or would be in bold."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    with warnings.catch_warnings():
+        # a token in a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        width, *_ = text_to_path.get_text_width_height_descent(text, FontProperties(size=TEXT, weight="bold"), False)
+    # its letters may be drawn on whole pixels
+    return (1.04 * width + 1) / 72
 
 
 def others(pag: PAG, a: int) -> list[int]:
@@ -49,7 +58,8 @@ def circle(pag: PAG, labels: Sequence[str]) -> Layout:
     ends = [others(pag, a) for a in range(len(labels))]
     room = np.array([max(LINE + 0.04, STEP * len(each)) + GAP for each in ends])
     radius = max(SMALLEST_RADIUS, room.sum() / (2 * math.pi))
-    turn = 2 * math.pi * np.cumsum([0, *room[:-1]]) / room.sum() + math.pi * (room - room[0]) / room.sum()
+    # from the middle of the first to the middle of each
+    turn = 2 * math.pi * (np.cumsum(room) - room / 2 - room[:1] / 2) / max(room.sum(), STEP)
     level = [_outside(angle, radius, rotate=False) for angle in turn]
     names = level if _apart(level, labels) else [_outside(angle, radius, rotate=True) for angle in turn]
     bars, places = [], {}
@@ -125,7 +135,7 @@ def _beside(x: float, y: float, edges: Sequence[np.ndarray]) -> Name:
     return Name(x + PAD * right, y + PAD * up, 0, ha, va)
 
 
-def box(name: Name, label: str) -> tuple[float, float, float, float]:
+def _box(name: Name, label: str) -> tuple[float, float, float, float]:
     """About where a level name lies: left, bottom, right, top."""
     width = text_width(label)
     left = name.x - width * {"left": 0, "center": 0.5, "right": 1}[name.ha]
@@ -134,7 +144,7 @@ def box(name: Name, label: str) -> tuple[float, float, float, float]:
 
 
 def _apart(names: Sequence[Name], labels: Sequence[str]) -> bool:
-    boxes = np.array([box(name, label) for name, label in zip(names, labels, strict=True)]).reshape(-1, 4)
+    boxes = np.array([_box(name, label) for name, label in zip(names, labels, strict=True)]).reshape(-1, 4)
     low, high = boxes[:, :2], boxes[:, 2:]
     overlap = ((low[:, None] < high[None]) & (low[None] < high[:, None])).all(-1)
     return int(overlap.sum()) == len(boxes)
