@@ -127,6 +127,15 @@ def test_marks_are_apart(T, share, seed, positions):
     assert all(np.linalg.norm(one - other) > 0.1 for one, other in combinations(marks.values(), 2))
 
 
+@pytest.mark.parametrize("positions", ["circle", "line"])
+def test_edges_of_one_token_leave_it_in_the_order_in_which_they_do_not_cross(positions):
+    pag = PAG.from_edges([(0, 2, "o-o"), (1, 2, "o-o"), (2, 3, "o-o"), (2, 4, "o-o")], "abcde")
+    drawn = parts(plot.draw_pag(pag, positions=positions))
+    along = drawn["token 2"].get_xydata()
+    ends = {edge: drawn[f"edge {edge}"].get_path().vertices for edge in ("1 2", "0 2", "2 4", "2 3")}
+    assert np.allclose(along, [ends["1 2"][-1], ends["0 2"][-1], ends["2 4"][0], ends["2 3"][0]])
+
+
 def test_a_figure_is_drawn_and_says_what_marks_mean():
     drawing = plot.draw_pag(random_pag(12, 20))
     pixels = image.imread(io.BytesIO(drawing.png(dpi=60)))
