@@ -8,7 +8,7 @@ import numpy as np
 
 from ..discovery.pag import PAG, Mark
 from .drawing import BLUE, GREY, INK, ORANGE, Drawing, sheet
-from .pag_layout import PAD, TEXT, Layout, Name, circle, free, line, path, text_width
+from .pag_layout import TEXT, Layout, Name, circle, free, line, path, text_width
 from .window import prettify
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # inches: half a token's width, the length of an arrow head and half its width, a circle's radius
 TOKEN, HEAD, HALF, RING = 0.045, 0.12, 0.05, 0.044
+# inches of height
+TITLE, LEGEND = 0.42, 0.5
 STUB = TOKEN + HEAD + 0.03
 LONGEST = 24
 # points, and the share of its colour that is left of what is not highlighted
@@ -67,17 +69,7 @@ def draw_pag(
     count = len(widths)
     title = f"{count} edge{'s' * (count != 1)} among {len(labels)} tokens" if title is None else title
     low, high = _extent(pag, layout, labels)
-    wide, tall = np.maximum(high - low, 0.5)
-    if ax is None:
-        figure = sheet(max(4.6, wide + 0.3), max(2.4, tall + 0.3) + 0.75, title)
-        ax, scale = figure.subplots(), 1.0
-    else:
-        ax.set_title(title, fontsize=10, parse_math=False)
-        box = ax.get_position()
-        size = ax.figure.get_size_inches() * (box.width, box.height)
-        scale = min(1.0, size[0] / wide, size[1] / tall)
-    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
-    ax.set_axis_off()
+    ax, scale = _place(ax, title, low, high)
     # the strongest in front
     for (a, b), width in sorted(widths.items(), key=lambda each: each[1]):
         faint = chosen and not {a, b} <= chosen
@@ -91,6 +83,24 @@ def draw_pag(
         "of b, or of what was selected on; a circle, the tests leave it open."
     )
     return Drawing("pag", ax.figure, caption + ("" if strengths is None else " Wider edges are stronger."))
+
+
+def _place(ax: "Axes | None", title: str, low: np.ndarray, high: np.ndarray) -> tuple["Axes", float]:
+    """Axes that hold these corners, and how many inches one of the drawing has on paper: 1 in a figure of its own."""
+    wide, tall = high - low
+    if ax is None:
+        size, scale = (max(4.6, wide + 0.2), tall + TITLE), 1.0
+        figure = sheet(*size, title)
+        figure.set_layout_engine("none")
+        ax = figure.add_axes((0.1 / size[0], 0, 1 - 0.2 / size[0], tall / size[1]))
+    else:
+        ax.set_title(title, fontsize=10, parse_math=False)
+        box = ax.get_position()
+        size = ax.figure.get_size_inches() * (box.width, box.height)
+        scale = min(1.5, size[0] / wide, size[1] / tall)
+    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    ax.set_axis_off()
+    return ax, scale
 
 
 def _label(name: str) -> str:
@@ -188,7 +198,7 @@ def _draw_token(
 
 
 def _extent(pag: PAG, layout: Layout, labels: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The corners of all that is drawn, names included."""
+    """The corners of all that is drawn, names and legend included."""
     points = [*layout.bars, np.zeros((1, 2))]
     points += [path(layout, a, b, STUB)[[0, 1, 4, 5]] for a, b, _ in pag.edges()]
     for a, b, _ in pag.edges():
@@ -203,7 +213,8 @@ def _extent(pag: PAG, layout: Layout, labels: list[str]) -> tuple[np.ndarray, np
         middle = np.array([name.x, name.y]) + up * across
         points += [(middle + (start + s * width) * along + t * across)[None] for s in (0, 1) for t in (-0.08, 0.08)]
     every = np.concatenate(points)
-    return every.min(0) - TOKEN - 0.05, every.max(0) + PAD / 2
+    margin = TOKEN + 0.05
+    return every.min(0) - margin - (0, LEGEND), every.max(0) + margin
 
 
 def _legend(ax: "Axes", pag: PAG, scale: float) -> None:
@@ -215,6 +226,4 @@ def _legend(ax: "Axes", pag: PAG, scale: float) -> None:
         Line2D([], [], color=colour, linewidth=2, label=text) for colour, text in COLOURS.values() if colour in used
     ]
     if handles:
-        ax.legend(
-            handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=8 * scale, frameon=False
-        )
+        ax.legend(handles=handles, loc="lower center", ncols=2, fontsize=8 * scale, frameon=False, borderaxespad=0.3)
