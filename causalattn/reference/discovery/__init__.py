@@ -1,0 +1,30 @@
+"""The specification of causal discovery, in NumPy and plain Python: separation, true graphs, rules, searches.
+
+A graph with marks is int8 [T, T]: marks[a, b] is the mark at b on the edge a–b, NONE 0, CIRCLE 1, ARROW 2, TAIL 3, so
+a → b is marks[a, b] = ARROW and marks[b, a] = TAIL. A DAG is bool [N, N]: dag[a, b] is a → b. Separating sets are a
+dict from (a, b), a < b, to a sorted tuple.
+"""
+
+from .rules import RULES, orient, orient_arrowheads, orient_tails, set_marks
+from .separation import ARROW, CIRCLE, NONE, TAIL, ancestors, d_separated, m_separated
+from .truth import mag, oracle, pag_by_enumeration, separating_set, true_pag
+
+__all__ = [
+    "ARROW",
+    "CIRCLE",
+    "NONE",
+    "RULES",
+    "TAIL",
+    "ancestors",
+    "d_separated",
+    "m_separated",
+    "mag",
+    "oracle",
+    "orient",
+    "orient_arrowheads",
+    "orient_tails",
+    "pag_by_enumeration",
+    "separating_set",
+    "set_marks",
+    "true_pag",
+]
