@@ -6,6 +6,7 @@ dict from (a, b), a < b, to a sorted tuple.
 """
 
 from .rules import RULES, orient, orient_arrowheads, orient_tails, set_marks
+from .search import Found, candidates, explanation_sets, icd, ord_icd, pds_distances, possible_ancestors
 from .separation import ARROW, CIRCLE, NONE, TAIL, ancestors, d_separated, m_separated
 from .truth import mag, oracle, pag_by_enumeration, separating_set, true_pag
 
@@ -15,15 +16,22 @@ __all__ = [
     "NONE",
     "RULES",
     "TAIL",
+    "Found",
     "ancestors",
+    "candidates",
     "d_separated",
+    "explanation_sets",
+    "icd",
     "m_separated",
     "mag",
     "oracle",
+    "ord_icd",
     "orient",
     "orient_arrowheads",
     "orient_tails",
     "pag_by_enumeration",
+    "pds_distances",
+    "possible_ancestors",
     "separating_set",
     "set_marks",
     "true_pag",

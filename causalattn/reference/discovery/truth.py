@@ -72,7 +72,7 @@ def true_pag(dag: np.ndarray, observed: Sequence[int], selected: Sequence[int] =
 
 
 def pag_by_enumeration(marks: np.ndarray) -> np.ndarray:
-    """The PAG of a small MAG by its definition: a mark that every Markov equivalent MAG shares stays, others are circles.
+    """The PAG of a small MAG by its definition: a mark stays that all Markov equivalent MAGs share, others are circles.
 
     Equivalent MAGs have the same adjacencies, the same unshielded colliders and the same separations. All orientations
     that agree in the first two are tried, until none of the marks is left.
