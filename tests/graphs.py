@@ -14,9 +14,7 @@ def random_dag(seed, T, *, degree=2.5, latents=0.3, selected=0.0):
     and the observed nodes stand in random order.
     """
     rng = np.random.default_rng(seed)
-    hidden, chosen = (
-        int(rng.binomial(max(1, round(2 * share * T)), 0.5)) if share else 0 for share in (latents, selected)
-    )
+    hidden, chosen = (int(rng.binomial(round(2 * share * T), 0.5)) for share in (latents, selected))
     N = T + hidden + chosen
     seen = rng.permutation(T)
     dag = np.zeros((N, N), bool)

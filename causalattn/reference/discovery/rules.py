@@ -137,7 +137,7 @@ def potentially_directed(marks: np.ndarray, u: int, v: int) -> bool:
 
 
 def r5(marks: np.ndarray, sepsets: Sepsets) -> Calls:
-    """a o–o b, and an uncovered circle path ⟨a, c, …, d, b⟩, a and d, b and c not adjacent: its edges and a–b become –."""
+    """a o–o b, and an uncovered circle path ⟨a, c, …, d, b⟩, a and d, b and c not adjacent: it and a–b become –."""
     calls: Calls = []
     for a, b in combinations(range(len(marks)), 2):
         if circles(marks, a, b):

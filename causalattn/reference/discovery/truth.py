@@ -28,7 +28,7 @@ def separating_set(
     """A set of observed nodes that separates two of them given the selection, as positions in `observed`, or None.
 
     Z = an({i, j} ∪ selected) ∩ observed \\ {i, j}; where this set does not separate, none does (Richardson and
-    Spirtes 2002, theorem 4.2).
+    Spirtes 2002, §4.2).
     """
     above = ancestors(dag)[:, [observed[i], observed[j], *selected]].any(1)
     given = tuple(z for z, node in enumerate(observed) if above[node] and z not in (i, j))
@@ -56,7 +56,7 @@ def true_pag(dag: np.ndarray, observed: Sequence[int], selected: Sequence[int] =
     """The PAG of the observed nodes: the adjacencies of the MAG, exact separating sets, and the rules R0 to R10.
 
     On an unshielded triple, and at the end of a discriminating path, either every separating set holds the node asked
-    for or none does, so one set a pair is enough. Zhang, Artificial Intelligence 172 (2008), theorem 4.
+    for or none does, so one set a pair is enough. Zhang 2008.
     """
     T = len(observed)
     sepsets: Sepsets = {}
