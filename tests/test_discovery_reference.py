@@ -224,6 +224,9 @@ def test_each_rule_alone(number, before, sepsets, after):
     for k, rule in enumerate(RULES):
         if k != number:
             assert np.array_equal(set_marks(before, rule(before, sepsets)), before), k
+    for selection_bias in (True, False):
+        oriented = orient(before, sepsets, selection_bias=selection_bias)
+        assert np.array_equal(oriented, before if number in (5, 6, 7) and not selection_bias else after)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +235,7 @@ def test_each_rule_alone(number, before, sepsets, after):
         # 0 and 2 adjacent
         (1, "0 o-> 1, 1 o-o 2, 0 o-o 2"),
         (7, "0 --o 1, 1 o-o 2, 0 o-o 2"),
+        (3, "0 o-> 1, 2 o-> 1, 0 o-o 3, 2 o-o 3, 3 o-o 1, 0 o-o 2"),
         # 0 is no neighbour of 3's, but 1 no parent of it
         (4, "0 o-> 1, 1 <-o 2, 1 o-> 3, 2 o-> 3"),
         # a chord covers the cycle
@@ -365,14 +369,39 @@ def test_a_level_asks_what_the_graph_before_it_allows():
         asked.append((i, j, given))
         return independent(i, j, given)
 
-    found = icd(9, listening)
-    expected = []
+    found, expected = icd(9, listening), []
     for order in range(len(found.tests)):
         # tails change no candidates, so the graph handed back after a level serves
         before = icd(9, independent, max_order=order - 1).marks if order else np.full((9, 9), CIRCLE)
         pairs = [(i, j) for i, j in combinations(range(9), 2) if before[i, j]]
         expected += [(i, j, given) for i, j in pairs for given in candidates(before, i, j, order)]
     assert asked == expected and len(asked) == sum(found.tests) and len({*asked}) == len(asked)
+
+
+def test_a_timed_level_asks_about_sets_of_the_later_ones_tree():
+    dag, observed, _ = random_dag(5, 9, degree=2.0, latents=0.3)
+    independent, time, asked = oracle(dag, observed), causal_order(dag, observed), []
+
+    def listening(i, j, given):
+        asked.append((i, j, given))
+        return independent(i, j, given)
+
+    found, expected = ord_icd(time, listening), []
+    for order in range(1, len(found.tests)):
+        before = ord_icd(time, independent, max_order=order - 1).marks
+        for i, j in [(i, j) for i, j in combinations(range(9), 2) if before[i, j]]:
+            later = max(i, j, key=time.index)
+            sets = candidates(before, i, j, order, roots=[later], among=time[: time.index(later)])
+            expected += [(i, j, given) for given in sets]
+    assert asked == [(i, j, ()) for i, j in combinations(range(9), 2)] + expected
+    assert len(found.tests) > 3
+
+
+def test_marks_start_anew_on_every_level():
+    apart = {(0, 2): (), (1, 2): (0,)}
+    found = icd(4, lambda i, j, given: apart.get((i, j)) == given, max_order=1)
+    # level 0 made 1 a collider between 0 and 2
+    assert np.array_equal(found.marks, graph("0 o-o 1, 0 o-> 3, 1 o-> 3, 2 o-> 3"))
 
 
 DIAMOND = "0 <-> 1, 1 <-> 3, 3 <-> 4, 0 <-> 2, 2 <-> 3"
@@ -420,13 +449,32 @@ def simple_pds(marks, path, inside, depth):
             yield from simple_pds(marks, [*path, w], inside, depth)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_pds_trees_hold_the_paths_of_the_definition(share):
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        edges = [edge for edge in combinations(range(6), 2) if rng.random() < share]
+        kinds = [rng.choice(["o-o", "o->", "<-o", "<->", "-->", "<--"]) for _ in edges]
+        marks = graph(", ".join(f"{a} {kind} {b}" for (a, b), kind in zip(edges, kinds, strict=True)), 6)
+        for inside in subsets(range(1, 6)):
+            found = [pds_distances(marks, 0, inside, depth) for depth in range(6)]
+            paths = [*simple_pds(marks, [0], inside, 5)]
+            for z in inside:
+                far = min((len(path) - 1 for path in paths if path[-1] == z), default=6)
+                assert [reached.get(z) for reached in found[:5]] == [
+                    far if far <= depth else None for depth in range(5)
+                ]
+                assert found[5].get(z, 6) <= far
+
+
 def test_explanations_are_the_connected_sets_of_the_tree(examples):
-    for example in examples(6, 2):
-        marks, target = true_pag(*example), 0
+    for target, example in enumerate(examples(6, 3)):
+        marks = true_pag(*example)
+        others = [z for z in range(6) if z != target]
         for max_size, max_range in ((None, None), (3, 2)):
             depth = max_range or 5
             far = {}
-            for path in simple_pds(marks, [target], range(1, 6), depth):
+            for path in simple_pds(marks, [target], others, depth):
                 far[path[-1]] = min(len(path) - 1, far.get(path[-1], 9))
             del far[target]
             expected = []

@@ -44,7 +44,8 @@ def pds_distances(marks: np.ndarray, root: int, inside: Collection[int], depth: 
     fewest edges to each.
 
     These are the branches of the root's PDS-tree whose nodes all lie in the set. How a branch goes on depends on its
-    last edge only, and no edge is used up by another branch; a branch may come to a node again, never to the root.
+    last edge only, and no edge is used up by another branch. A branch may come to a node again, never to the root; by
+    that it reaches no node in under 5 edges that a path of distinct nodes does not reach in as many.
     """
     front = {(root, v) for v in neighbours(marks, root) if v in inside}
     found: dict[int, int] = {}
