@@ -1,6 +1,10 @@
-"""From correlations of attention rows to graphs: tests that a search asks one at a time, data for any other, PAGs."""
+"""From correlations of attention rows to graphs: searches, their graphs, and tests for the searches of others."""
 
+from .background import Background
 from .ci import CorrelationTest, surrogate_data
+from .discover import Discovery, discover
 from .pag import PAG, Mark, token_names
 
-__all__ = ["PAG", "CorrelationTest", "Mark", "surrogate_data", "token_names"]
+__all__ = [
+    "PAG", "Background", "CorrelationTest", "Discovery", "Mark", "discover", "surrogate_data", "token_names",
+]  # fmt: skip

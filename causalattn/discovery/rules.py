@@ -1,9 +1,9 @@
 """The orientation rules R0 … R10 for ancestral graphs, on bit sets, every match of a rule at once.
 
-A rule reads a graph and names the marks it would turn; those of all rules of a sweep are turned together, so the
-outcome does not depend on the names of the tokens. Only circles turn. Of an arrow and a tail that are asked for in one
-sweep, which consistent tests never lead to, the arrow wins. Where a rule asks for an uncovered path a walk is looked
-for: in the graph that exact tests give, an uncovered walk that meets no arrow against it meets no token twice.
+A rule reads a graph and names the marks it would turn, which are turned together, so the outcome does not depend on the
+names of the tokens. Only circles turn. Of an arrow and a tail that are asked for at once, which consistent tests never
+lead to, the arrow wins. Where a rule asks for an uncovered path a walk is looked for: in the graph that exact tests
+give, an uncovered walk that meets no arrow against it meets no token twice.
 
 Source: Zhang 2008, "On the completeness of orientation rules for causal discovery in the presence of latent
 confounders and selection bias", Artificial Intelligence 172.
@@ -28,13 +28,13 @@ def orient_heads(marks: Marks, sepsets: Sepsets) -> None:
 def orient_tails(marks: Marks, *, selection_bias: bool) -> None:
     """What R1 … R4 leave: R5 … R7 where there may be selection bias, and R8 … R10."""
     if selection_bias:
-        _turn(marks, _rule_5(marks))
-        _sweep(marks, _rule_6, _rule_7)
+        _sweep(marks, _rule_5, _rule_6, _rule_7)
     _sweep(marks, _rule_8, _rule_9, _rule_10)
 
 
 def _sweep(marks: Marks, *rules: Rule) -> None:
-    while _turn(marks, (turn for rule in rules for turn in rule(marks))):
+    """Rounds of the rules, one after another, until a round turns nothing."""
+    while any([_turn(marks, rule(marks)) for rule in rules]):
         pass
 
 
@@ -85,21 +85,20 @@ def _rule_3(marks: Marks) -> Iterator[Turn]:
 def _rule_4(marks: Marks, sepsets: Sepsets) -> Iterator[Turn]:
     """A path d, …, a, b, c that discriminates b: b → c where b is in what separated d and c, else a ↔ b ↔ c.
 
-    Between d and b every token is a collider of the path and a parent of c, d and c are apart, and b o-* c. Where paths
-    from several d disagree nothing turns.
+    Between d and b every token is a collider of the path and a parent of c, d and c are apart, and b o-* c.
     """
     for c in range(marks.T):
         parents = marks.parents(c)
         for b in tokens_of(marks.circle(c)) if parents else ():
-            ends = {a: _ends_of_paths(marks, a, b, c, parents) for a in tokens_of(parents & marks.arrow[b])}
-            pairs = {(min(c, d), max(c, d)) for found in ends.values() for d in tokens_of(found)}
-            inside = {sepsets[pair] >> b & 1 for pair in pairs if pair in sepsets}
-            if inside == {1}:
-                yield c, 1 << b, False
-                yield b, 1 << c, True
-            elif inside == {0}:
-                yield from ((c, 1 << b, True), (b, 1 << c, True))
-                yield from ((a, 1 << b, True) for a, found in ends.items() if found)
+            for a in tokens_of(parents & marks.arrow[b]):
+                pairs = ((min(c, d), max(c, d)) for d in tokens_of(_ends_of_paths(marks, a, b, c, parents)))
+                inside = {sepsets[pair] >> b & 1 for pair in pairs if pair in sepsets}
+                if 1 in inside:
+                    yield c, 1 << b, False
+                    yield b, 1 << c, True
+                if 0 in inside:
+                    yield b, 1 << a | 1 << c, True
+                    yield from ((a, 1 << b, True), (c, 1 << b, True))
 
 
 def _ends_of_paths(marks: Marks, a: int, b: int, c: int, parents: int) -> int:
@@ -116,10 +115,7 @@ def _ends_of_paths(marks: Marks, a: int, b: int, c: int, parents: int) -> int:
 
 
 def _rule_5(marks: Marks) -> Iterator[Turn]:
-    """a o-o b on a cycle of o-o edges that no two tokens two steps apart shorten: a — b.
-
-    Every edge of such a cycle is found as the edge that it is; so one turn is enough.
-    """
+    """a o-o b on a cycle of o-o edges that no two tokens two steps apart shorten: a — b, as on all its edges."""
     both = [marks.circle(a) & marks.circle_at(a) for a in range(marks.T)]
     for a in range(marks.T):
         for b in tokens_of(both[a]):
