@@ -474,7 +474,7 @@ def test_explanations_are_the_connected_sets_of_the_tree(examples):
     for number, example in enumerate(examples(6, 3)):
         marks, target = true_pag(*example), number % 6
         others = [z for z in range(6) if z != target]
-        for max_size, max_range in ((None, None), (3, 2)):
+        for max_size, max_range in ((None, 4), (4, None), (3, 2)):
             depth = max_range or 5
             far = {}
             for path in simple_pds(marks, [target], others, depth):

@@ -40,8 +40,8 @@ def pds_extends(marks: np.ndarray, u: int, v: int, w: int) -> bool:
 
 
 def pds_distances(marks: np.ndarray, root: int, inside: Collection[int], depth: int | None = None) -> dict[int, int]:
-    """The nodes of a set that a PDS path from the root reaches through the set alone in at most `depth` edges, and the
-    fewest edges to each.
+    """The nodes of a set that a PDS path from the root reaches through the set alone, and the fewest edges to each, of
+    which there are at most `depth` and at most as many as the set has nodes.
 
     These are the branches of the root's PDS-tree whose nodes all lie in the set. How a branch goes on depends on its
     last edge only, and no edge is used up by another branch. A branch may come to a node again, never to the root; by
@@ -50,8 +50,9 @@ def pds_distances(marks: np.ndarray, root: int, inside: Collection[int], depth: 
     front = {(root, v) for v in neighbours(marks, root) if v in inside}
     found: dict[int, int] = {}
     seen: set[tuple[int, int]] = set()
+    longest = len(inside) if depth is None else min(depth, len(inside))
     edges = 1
-    while front and (depth is None or edges <= depth):
+    while front and edges <= longest:
         seen |= front
         for _, v in sorted(front):
             found.setdefault(v, edges)
