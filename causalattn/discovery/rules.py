@@ -34,8 +34,11 @@ def orient_tails(marks: Marks, *, selection_bias: bool) -> None:
 
 def _sweep(marks: Marks, *rules: Rule) -> None:
     """Rounds of the rules, one after another, until a round turns nothing."""
-    while any([_turn(marks, rule(marks)) for rule in rules]):
-        pass
+    turned = True
+    while turned:
+        turned = False
+        for rule in rules:
+            turned |= _turn(marks, rule(marks))
 
 
 def _turn(marks: Marks, turns: Iterator[Turn]) -> bool:
