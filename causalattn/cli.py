@@ -1,4 +1,4 @@
-"""The command line: causalattn analyze, do, sweep, bench, demo.
+"""The command line: causalattn analyze, do, sweep, discover, bench, demo.
 
 Tables and JSON go to stdout, everything else to stderr. Bad input is one line on stderr, exit code 2, and no file.
 """
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="causalattn", description="What attention heads do, every score beside its null.")
-    commands = parser.add_subparsers(required=True, metavar="analyze | do | sweep | bench | demo")
+    commands = parser.add_subparsers(required=True, metavar="analyze | do | sweep | discover | bench | demo")
     sub = commands.add_parser("analyze", help="score the heads of a model on a text")
     sub.add_argument("--model", required=True, metavar="PATH_OR_NAME", help="a transformers model")
     source = sub.add_mutually_exclusive_group(required=True)
@@ -113,10 +113,25 @@ def _add_interventions(commands) -> None:
     sweep.add_argument("--layers", type=_numbers, metavar="0,5", help="only edges of these layers")
     sweep.add_argument("--against", metavar="TEXT", help="look at the similarity to this text, in place of the change")
     sweep.set_defaults(run=_sweep)
-    for each in (do, sweep):
+    for each in (do, sweep, _add_discover(commands)):
         each.add_argument("--model", metavar="PATH_OR_NAME", help=f"a model (default: the weights in {DEMO_PACKAGE})")
         each.add_argument("--text", default=SENTENCE, help="the text (default: the demo's sentence)")
         each.add_argument("--json", action="store_true", help="print JSON in place of the table")
+
+
+def _add_discover(commands) -> Parser:
+    graph = commands.add_parser("discover", help="the graph of each head of a layer, beside graphs of no structure")
+    graph.add_argument("--layer", type=int, metavar="N", help="the layer (default: the last)")
+    graph.add_argument("--heads", type=_numbers, metavar="0,5", help="only these heads")
+    graph.add_argument("--cut", type=float, metavar="R", help="independent below this |r|; in place of -n and --alpha")
+    graph.add_argument("-n", type=float, metavar="N", help="sample size of Fisher's z, a knob (default: hidden size)")
+    graph.add_argument("--alpha", type=float, metavar="α", help="level of Fisher's z (default: 0.01)")
+    graph.add_argument("--max-order", type=int, metavar="K", help="the largest set to condition on")
+    graph.add_argument("--null", choices=("random_logits", "permute"), default="random_logits", help="what to beat")
+    graph.add_argument("--draws", type=_positive, default=20, metavar="N", help="of the null (default: 20)")
+    graph.add_argument("--figure", type=Path, metavar="FILE", help="draw the head furthest from its null into this PNG")
+    graph.set_defaults(run=_discover)
+    return graph
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
@@ -170,6 +185,20 @@ def _sweep(arguments: argparse.Namespace) -> None:
     against = arguments.against and _encode(loaded, arguments.against, None)[0]
     measure = partial(sweep_text, loaded.model, inputs, tokens, against=against, **options)
     _print_measured(arguments, measure, Progress("sweep", "edges"), table, None)
+
+
+def _discover(arguments: argparse.Namespace) -> None:
+    from .text_discovery import discover_text, draw, table
+
+    loaded, inputs, tokens = _text_of(arguments)
+    knobs = {"cut": arguments.cut, "n": arguments.n, "alpha": arguments.alpha}
+    if arguments.cut is None:
+        knobs |= {"n": arguments.n or loaded.model.config.hidden_size, "alpha": arguments.alpha or 0.01}
+    options = {name: getattr(arguments, name) for name in ("layer", "heads", "max_order", "null", "draws")}
+    measure = partial(
+        discover_text, loaded.model, inputs, tokens, special=loaded.tokenizer.all_special_tokens, **knobs, **options
+    )
+    _print_measured(arguments, measure, Progress("discover", "heads"), table, draw)
 
 
 def _text_of(arguments: argparse.Namespace) -> tuple[Loaded, dict, list[str]]:

@@ -40,6 +40,8 @@ MODULES = [
     "partial_corr.fisher",
     "partial_corr.level_tests",
     "discovery.ci",
+    "discovery.discover",
+    "discovery.nulls",
     "discovery.pag",
     "integrations.causal_learn",
     "integrations.networkx",
@@ -66,6 +68,8 @@ def test_on_a_model(capsys):
     names |= dict(zip("qkv", torch.randn(3, 1, 2, 64, 16), strict=True))
     exec(EXAMPLES[2], names)
     assert capsys.readouterr().out.startswith("Receipt(edges=145, ")
+    exec(EXAMPLES[3], names)
+    assert capsys.readouterr().out.startswith("PartialCorrelation(r=tensor(")
 
 
 def test_the_first_screen_holds_the_commands_an_example_and_a_figure():
