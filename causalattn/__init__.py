@@ -1,6 +1,6 @@
 """Everything people compute from an attention matrix, computed from q and k without the matrix."""
 
-from . import conventions, dense, experiments, feature_maps, integrations, masks
+from . import conventions, dense, discovery, experiments, feature_maps, integrations, masks
 from .analysis import HeadScores, Report, analyze, capture
 from .attention import (
     AttentionMap,
@@ -26,6 +26,7 @@ from .hopfield import (
     hopfield_retrieve,
 )
 from .integrations import bertviz as _bertviz  # noqa: F401  (ca.integrations.bertviz.head_view)
+from .integrations import causal_learn as _causal_learn  # noqa: F401  (ca.integrations.causal_learn.register())
 from .integrations import transformers as _transformers  # noqa: F401  (ca.integrations.transformers.register())
 from .interventions import Do, Plan, Receipt, do
 from .linear_attention import (
@@ -100,6 +101,7 @@ __all__ = [
     "critical_correlation",
     "dag_score",
     "dense",
+    "discovery",
     "do",
     "edge_effects",
     "experiments",
