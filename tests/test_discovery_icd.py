@@ -17,7 +17,7 @@ from causalattn.discovery.background import start_of
 from causalattn.discovery.icd import icd
 from causalattn.discovery.marks import Marks, tokens_of
 from causalattn.discovery.rules import orient_heads, orient_tails
-from causalattn.discovery.trees import legal_sets, members_of, possible_ancestors
+from causalattn.discovery.trees import Tree, members_of, possible_ancestors
 from causalattn.partial_corr.level_tests import LevelTests
 from causalattn.reference import discovery as reference
 from causalattn.reference import partial_corr
@@ -158,7 +158,7 @@ def test_trees_are_those_of_the_specification(seed, size):
     graph = Marks(marks)
     assert np.array_equal(graph.matrix(), marks)
     assert np.array_equal(possible_ancestors(graph), reference.possible_ancestors(marks))
-    sets = sorted(tuple(tokens_of(x)) for x in legal_sets(graph, 0, size, (1 << 7) - 1))
+    sets = sorted(tuple(tokens_of(x)) for x in Tree(graph, 0, (1 << 7) - 1).sets(size))
     expected = [
         S for S in itertools.combinations(range(1, 7), size) if len(reference.pds_distances(marks, 0, S, size)) == size
     ]
@@ -172,7 +172,7 @@ def test_a_second_way_to_a_token_keeps_its_descendants():
     marks = np.zeros((5, 5), np.int8)
     for a, b in ((0, 1), (1, 3), (3, 4), (0, 2), (2, 3)):
         marks[a, b] = marks[b, a] = 2
-    sets = {tuple(tokens_of(x)) for x in legal_sets(Marks(marks), 0, 3, 31)}
+    sets = {tuple(tokens_of(x)) for x in Tree(Marks(marks), 0, 31).sets(3)}
     assert sets == {(1, 2, 3), (1, 3, 4), (2, 3, 4)}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..partial_corr import Candidates, LevelTests
 from .marks import NONE, Marks, bit_rows
 from .rules import orient_heads, orient_tails
-from .trees import legal_sets, members_of, possible_ancestors
+from .trees import Tree, members_of, possible_ancestors
 
 
 class Level(NamedTuple):
@@ -58,7 +58,7 @@ def icd(
 
         level 0     every pair, given nothing
         level 1     every pair that is left, given each single token next to either
-        level r     every pair that is left, given the sets of r tokens that ICD admits: `legal_sets` of either, all of
+        level r     every pair that is left, given the sets of r tokens that ICD admits: `Tree.sets` of either, all of
                     them possible ancestors of one of the pair
 
     All tests of a level are of the graph as it stood before it. A pair that some set separates loses its edge, to the
@@ -122,7 +122,7 @@ def _candidates(marks: np.ndarray, size: int, order: np.ndarray | None) -> Candi
                 # of the node, or of another one that a set is tested against
                 apart = ancestors & ~np.eye(T, dtype=bool)
                 may &= ancestors[:, node] | apart[:, others[node]].any(1)
-            found = list(legal_sets(graph, node, size, bit_rows(may[None])[0]))
+            found = list(Tree(graph, node, bit_rows(may[None])[0]).sets(size))
             nodes += [node] * len(found)
             sets += found
     return Candidates(

@@ -1,6 +1,6 @@
 """Where a separating set may lie: the trees of paths that may d-separate a token, and possible ancestors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -9,42 +9,56 @@ from .marks import Marks, bool_rows, tokens_of
 SETS_AT_ONCE = 2**16
 
 
-def legal_sets(marks: Marks, root: int, size: int, inside: int) -> Iterator[int]:
-    """The sets of so many tokens of inside, each of them reached from root by a path within the set, as bit sets.
+class Tree:
+    """The paths from a root that may d-separate it: root = t₀, t₁, … of neighbours, each step to a token of inside.
 
-    A path root = t₀, t₁, … of neighbours goes on from t₁ to t₂ where t₀ and t₂ are adjacent or t₀ *→ t₁ ←* t₂, and so
-    on along it. A legal set less the token that is furthest in it is legal too, so sets grow a token at a time.
+    A path goes on from t₁ to t₂ ≠ t₀ where t₀ and t₂ are adjacent or t₀ *→ t₁ ←* t₂, and so on along it.
 
-    Source: the conditions of Rohekar et al. 2021 (arXiv:2111.04095) on a set's size, depth and connection.
+    Source: the trees of possible d-separators of Rohekar et al. 2021 (arXiv:2111.04095), no edge of which is taken away
+    because another branch has it.
     """
-    inside &= ~(1 << root)
-    steps: dict[tuple[int, int], int] = {}
 
-    def onward(u: int, v: int) -> int:
-        if (u, v) not in steps:
+    def __init__(self, marks: Marks, root: int, inside: int) -> None:
+        self.marks, self.root, self.inside = marks, root, inside & ~(1 << root)
+        self.first = marks.near[root] & self.inside
+        self.steps: dict[tuple[int, int], int] = {}
+
+    def onward(self, u: int, v: int) -> int:
+        """Where a path … u, v goes on to."""
+        if (u, v) not in self.steps:
+            marks = self.marks
             collider = marks.arrow_from[v] if marks.arrow[u] >> v & 1 else 0
-            steps[u, v] = marks.near[v] & (marks.near[u] | collider) & inside & ~(1 << u)
-        return steps[u, v]
+            self.steps[u, v] = marks.near[v] & (marks.near[u] | collider) & self.inside & ~(1 << u)
+        return self.steps[u, v]
 
-    def reached(members: int) -> int:
-        """What a path within the members, or one step beyond them, reaches."""
-        found = marks.near[root] & inside
-        to_do = [(root, v) for v in tokens_of(found & members)]
-        seen = set(to_do)
-        while to_do:
-            u, v = to_do.pop()
-            more = onward(u, v)
-            found |= more
-            for w in tokens_of(more & members):
-                if (v, w) not in seen:
-                    seen.add((v, w))
-                    to_do.append((v, w))
-        return found
+    def levels(self, members: int, depth: int) -> Iterator[int]:
+        """What paths of 1, 2, … depth steps reach whose inner tokens are members."""
+        states = [(self.root, v) for v in tokens_of(self.first & members)]
+        seen, reached = set(states), self.first
+        yield reached
+        for _ in range(depth - 1):
+            reached, new = 0, []
+            for u, v in states:
+                more = self.onward(u, v)
+                reached |= more
+                new += [(v, w) for w in tokens_of(more & members) if (v, w) not in seen]
+            states = list(dict.fromkeys(new))
+            seen.update(states)
+            yield reached
+            if not states:
+                return
 
-    sets = {0}
-    for _ in range(size):
-        sets = {members | 1 << t for members in sets for t in tokens_of(reached(members) & ~members)}
-    yield from sets
+    def sets(self, size: int, depth: int | None = None) -> set[int]:
+        """The sets of so many tokens, each reached within the set in at most depth steps; size steps by default.
+
+        Such a set less the token that is furthest in it is one too, so sets grow a token at a time.
+        """
+        depth = size if depth is None else min(size, depth)
+        sets = {0}
+        for _ in range(size):
+            grown = ((members, _union_of(self.levels(members, depth)) & ~members) for members in sets)
+            sets = {members | 1 << t for members, more in grown for t in tokens_of(more)}
+        return sets
 
 
 def possible_ancestors(marks: Marks) -> np.ndarray:
@@ -61,9 +75,13 @@ def possible_ancestors(marks: Marks) -> np.ndarray:
 
 
 def _union(sets: list[int], members: int) -> int:
+    return _union_of(sets[token] for token in tokens_of(members))
+
+
+def _union_of(sets: Iterable[int]) -> int:
     union = 0
-    for token in tokens_of(members):
-        union |= sets[token]
+    for each in sets:
+        union |= each
     return union
 
 
