@@ -1,9 +1,13 @@
 """Random DAGs with latent and selected nodes, and marks written as text, for the tests of causal discovery."""
 
+import itertools
 import re
+from itertools import combinations
 
 import numpy as np
 
+# shares of edges, latent and selected nodes
+SHAPES = list(itertools.product((0.8, 1.2, 2.0), (0, 0.2, 0.4), (0, 0.3)))
 MARKS = {"": 0, "o": 1, "<": 2, ">": 2, "-": 3}
 
 
@@ -62,3 +66,26 @@ def dag_of(text, N=None):
 def permuted(marks, order):
     """The graph whose node k is node order[k] of this one."""
     return marks[np.ix_(order, order)]
+
+
+def draws(request):
+    """draw(T, count): random (dag, observed, selected) of the shape that a fixture's request is for."""
+    degree, latents, selected = request.param
+    times = 10 if request.config.getoption("--full") else 1
+
+    def draw(T, count):
+        for seed in range(count * times):
+            yield random_dag(seed, T, degree=degree, latents=latents, selected=selected)
+
+    return draw
+
+
+def subsets(items):
+    return (S for size in range(len(items) + 1) for S in combinations(items, size))
+
+
+def queries(T):
+    """(x, y, given) of T nodes."""
+    for x, y in combinations(range(T), 2):
+        for given in subsets([z for z in range(T) if z not in (x, y)]):
+            yield x, y, given
