@@ -193,7 +193,8 @@ def _discover(arguments: argparse.Namespace) -> None:
     loaded, inputs, tokens = _text_of(arguments)
     knobs = {"cut": arguments.cut, "n": arguments.n, "alpha": arguments.alpha}
     if arguments.cut is None:
-        knobs |= {"n": arguments.n or loaded.model.config.hidden_size, "alpha": arguments.alpha or 0.01}
+        knobs["n"] = loaded.model.config.hidden_size if arguments.n is None else arguments.n
+        knobs["alpha"] = 0.01 if arguments.alpha is None else arguments.alpha
     options = {name: getattr(arguments, name) for name in ("layer", "heads", "max_order", "null", "draws")}
     measure = partial(
         discover_text, loaded.model, inputs, tokens, special=loaded.tokenizer.all_special_tokens, **knobs, **options

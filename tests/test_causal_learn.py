@@ -88,6 +88,11 @@ def test_registers_once_and_says_what_is_missing(searches, monkeypatch):
     assert causal_learn.register() is causal_learn.register() is cit._custom_ci_tests["causalattn"]
     assert causal_learn.register("attention") is not causal_learn.register()
     cit._custom_ci_tests.pop("attention")
+    for taken in ("fisherz", "theirs"):
+        cit._custom_ci_tests["theirs"] = cit.FisherZ
+        with pytest.raises(ValueError, match=f"name must be free, got '{taken}', which causal-learn has a test of"):
+            causal_learn.register(taken)
+    cit._custom_ci_tests.pop("theirs")
     monkeypatch.setitem(sys.modules, "causallearn", None)
     monkeypatch.setitem(sys.modules, "causallearn.utils", None)
     with pytest.raises(ImportError, match="causal-learn is not installed: pip install causal-learn"):

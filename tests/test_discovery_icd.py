@@ -235,6 +235,7 @@ EYE = torch.eye(3, dtype=torch.float64)
         (EYE, {"order": [0, 1]}, "must have a place for each of the 3 tokens"),
         (EYE, {"order": [0, 1, 1]}, "order must give every token a place of its own"),
         (EYE, {"names": ["a", "b"]}, "names"),
+        (EYE, {"order": "time", "background": Background(tiers=[2, 1, 0])}, "got tiers against the order"),
         (EYE, {"background": Background(required=[(0, 3)])}, "required must hold pairs of two tokens in 0…2"),
         (EYE, {"background": Background(forbidden=[(1, 1)])}, "forbidden must hold pairs of two tokens in 0…2"),
         (EYE, {"background": Background([(0, 1)], [(1, 0)])}, "got 0 → 1 required and forbidden"),

@@ -30,12 +30,21 @@ def test_random_logits_have_the_entropies(causal, spread, sink, seed):
 @given(causal=st.booleans(), seed=SEEDS)
 def test_permuted_rows_have_the_weights(causal, seed):
     A = tensor(attention(12, causal=causal, seed=seed)).cpu()
+    A /= A.sum(-1, keepdim=True)
     A[3] = 0
     drawn = null_attention(A, null="permute", generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(drawn.sort(-1).values, A.sort(-1).values)
+    assert (drawn.sort(-1).values - A.sort(-1).values).abs().max() < 1e-15
     assert not drawn[A == 0].any() and not torch.equal(drawn, A)
     again = null_attention(A, null="permute", generator=torch.Generator().manual_seed(seed))
     assert torch.equal(drawn, again)
+
+
+def test_what_a_learned_sink_takes_is_no_keys():
+    A = tensor(attention(12)).cpu()
+    scaled = A * torch.linspace(0.1, 1, 12, dtype=torch.float64)[:, None]
+    for null in ("random_logits", "permute"):
+        drawn = [null_attention(x, null=null, generator=torch.Generator().manual_seed(3)) for x in (A, scaled)]
+        assert (drawn[0] - drawn[1]).abs().max() < 1e-9
 
 
 def test_keys_of_no_weight_may_be_allowed():
@@ -90,5 +99,9 @@ def test_bad_input():
         null_attention(A[None])
     with pytest.raises(ValueError, match=r"allowed must be bool, of A's shape \[3, 3\], got \[2, 3\]"):
         null_attention(A, allowed=torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="A must hold probabilities, got a negative number or NaN"):
+        null_attention(-A)
+    with pytest.raises(ValueError, match="allowed must hold every key of positive weight"):
+        null_attention(torch.ones(3, 3), null="permute", allowed=torch.eye(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         null_discoveries(A, draws=0, cut=0.5)

@@ -63,8 +63,9 @@ def plain(q, k, v, seen, kind, strength, measure, readout, sink=None, **logits):
         changed[..., j] = {"cut": -torch.inf, "hard": 0.0}[kind] if kind != "soft" else x[..., j] + strength
         after = changed.log_softmax(-1).nan_to_num(-torch.inf)
         if measure == "kl":
-            change = (after - before).nan_to_num(0, neginf=0)
-            terms = torch.where(after.isneginf(), before.exp(), after.exp() * change - before.exp() * change.expm1())
+            change, new, old = (after - before).nan_to_num(0, neginf=0), after.exp(), before.exp()
+            gained = torch.where(change > 1, new - old, old * change.clamp(max=1).expm1())
+            terms = torch.where(after.isneginf(), old, new * change - gained)
             effect = terms.sum(-1).masked_fill(after.isneginf().all(-1), torch.inf)
         else:
             moved = after.exp()[..., :S] @ v - out

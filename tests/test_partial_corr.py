@@ -121,18 +121,19 @@ def test_accuracy_against_50_digits(backend, name, k, request):
     truth = np.array([exact(A, test) for test in tests])
     pivots = np.array([smallest_pivot(to_numpy(R), test) for test in tests])
     r, status = map(to_numpy, ca.partial_correlation(R, i, j, given, backend=backend))
-    assert not status.any()
-    assert (np.abs(r - truth) <= ROUNDINGS * rounding(torch.float64) / pivots).all()
+    # of |r| = 1 within what r may be wrong by nothing more is said
+    assert ((status == 0) | (1 - np.abs(truth) <= ROUNDINGS * rounding(torch.float64) / pivots)).all()
+    assert (np.abs(r - truth) <= 2 * ROUNDINGS * rounding(torch.float64) / pivots).all()
     assert ((np.abs(r) < CUT) == (np.abs(truth) < CUT)).all()
 
     half = R.float()
     r, status = map(to_numpy, ca.partial_correlation(half, i, j, given, backend=backend))
     known = status != ca.Status.SINGULAR
     assert np.array_equal(np.isnan(r), ~known)
-    assert (np.abs(r - truth) <= ROUNDINGS * rounding(torch.float32) / pivots)[known].all()
+    assert (np.abs(r - truth) <= 2 * ROUNDINGS * rounding(torch.float32) / pivots)[known].all()
     # what float32 cannot say of R the rows do
     r, status = map(to_numpy, ca.partial_correlation(half, i, j, given, rows=tensor(A, torch.float32), backend=backend))
-    assert not status.any()
+    assert ((status == 0) | (1 - np.abs(truth) <= ROUNDINGS * rounding(torch.float32) / pivots)).all()
     assert (np.abs(r - truth)[~known] <= 2 * rounding(torch.float32)).all()
     assert ((np.abs(r) < CUT) == (np.abs(truth) < CUT)).all()
 
@@ -247,9 +248,11 @@ GOOD = torch.eye(4, dtype=torch.float64)
         ([[1.0]], (0, 1), TypeError, "R must be a torch.Tensor, got list"),
         (GOOD.half(), (0, 1), TypeError, "R must be float32 or float64, got float16"),
         (GOOD[:3], (0, 1), ValueError, r"R must be square, \[..., T, T\], got \[3, 4\]"),
-        (GOOD.index_fill(0, torch.tensor(1), torch.nan), (0, 1), ValueError, "R must hold no NaN, got 4 of them"),
+        (GOOD.index_fill(0, torch.tensor(1), torch.nan), (0, 1), ValueError, "R must hold no NaN or inf, got 4"),
         (GOOD + 0.1 * torch.ones(4, 4).triu(1), (0, 1), ValueError, "R must be symmetric, got entries"),
-        (GOOD * 2, (0, 1), ValueError, "R must have 1 on its diagonal, got 2"),
+        (GOOD * 2, (0, 1), ValueError, "R must have 1 on its diagonal, got 2 at token 0"),
+        (GOOD.index_fill(0, torch.tensor(2), 0), (0, 1), ValueError, "got 0 at token 2, whose row of the attention is"),
+        (GOOD, ([0, 0], [1, 1], [2, 3]), ValueError, "the set of each test, got one set for 2 tests"),
         (GOOD + 1.5 * (1 - GOOD), (0, 1), ValueError, "R must lie in −1…1, got 1.5"),
         (GOOD, (0, 0), ValueError, "i and j must be two tokens"),
         (GOOD, (0, 4), ValueError, "i and j must lie in 0…3, got 0…4"),

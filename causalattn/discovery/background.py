@@ -32,6 +32,8 @@ def start_of(T: int, background: Background, order: np.ndarray | None) -> tuple[
         if tiers is not None:
             tiers = _tiers(tiers, T)
             marks[(tiers[:, None] < tiers) & (marks != NONE)] = ARROW
+    if ((marks == ARROW) & (marks.T == ARROW)).any():
+        raise ValueError("background knowledge must agree with itself, got tiers against the order")
     for a, b in forbidden:
         marks[a, b] = marks[b, a] = NONE
     kept = np.zeros((T, T), bool)

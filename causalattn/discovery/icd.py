@@ -77,8 +77,9 @@ def icd(
     for level in range(max(depth, 0) + 1):
         began = time.perf_counter()
         adjacency = marks != NONE
-        candidates = None if level == 0 or (level == 1 and order is None) else _candidates(marks, level, order)
-        if candidates is not None and int(candidates.others[candidates.node].sum()) > max_tests:
+        given = level > 1 or (level == 1 and order is not None)
+        candidates = _candidates(marks, level, order, max_tests) if given else None
+        if given and candidates is None:
             yield _state(marks, sepsets, least, levels, selection_bias, done=False)
             return
         found = test(torch.from_numpy(adjacency), level, candidates)
@@ -108,7 +109,8 @@ def _state(marks, sepsets, least, levels, selection_bias: bool, done: bool) -> S
     return State(graph.matrix(), dict(sepsets), least, tuple(levels), done)
 
 
-def _candidates(marks: np.ndarray, size: int, order: np.ndarray | None) -> Candidates:
+def _candidates(marks: np.ndarray, size: int, order: np.ndarray | None, max_tests: int) -> Candidates | None:
+    """What to test, or None where that could take more than max_tests."""
     graph, T = Marks(marks), len(marks)
     others = marks != NONE
     if order is not None:
@@ -122,7 +124,11 @@ def _candidates(marks: np.ndarray, size: int, order: np.ndarray | None) -> Candi
                 # of the node, or of another one that a set is tested against
                 apart = ancestors & ~np.eye(T, dtype=bool)
                 may &= ancestors[:, node] | apart[:, others[node]].any(1)
-            found = list(Tree(graph, node, bit_rows(may[None])[0]).sets(size))
+            each = int(others[node].sum())
+            found = Tree(graph, node, bit_rows(may[None])[0]).sets(size, most=max_tests // each)
+            max_tests -= each * len(found)
+            if max_tests < 0:
+                return None
             nodes += [node] * len(found)
             sets += found
     return Candidates(

@@ -28,7 +28,7 @@ def null_attention(
         "random_logits"    the softmax of s_i·g_ij, g standard normal, s_i such that row i has the entropy of A's row
 
     Args:
-        A: probabilities, [T, S], rows that sum to 1 or are empty.
+        A: probabilities, [T, S]; a row that sums to less, beside a learned sink, is scaled to 1, an empty one stays.
         null: which.
         allowed: the keys each row may attend, [T, S] bool; those of positive weight by default.
         generator: makes the draw repeatable.
@@ -48,12 +48,19 @@ def null_attention(
     if A.ndim != 2:
         raise ValueError(f"A must be one map [T, S], got {list(A.shape)}")
     A = A.detach().double()
+    if not A.is_cuda and not (A >= 0).all():
+        raise ValueError("A must hold probabilities, got a negative number or NaN")
+    # what a learned sink takes is no key's: correlations do not see the scale of a row
+    mass = A.sum(-1, keepdim=True)
+    A = torch.where(mass > 0, A / mass, 0.0)
     allowed = A > 0 if allowed is None else allowed
     if allowed.shape != A.shape or allowed.dtype != torch.bool:
         raise ValueError(f"allowed must be bool, of A's shape {list(A.shape)}, got {list(allowed.shape)}")
     noise = torch.randn(A.shape, generator=generator, dtype=torch.float64).to(A.device)
     if null == "random_logits":
         return _of_entropy(noise, allowed, torch.special.entr(A).sum(-1))
+    if not A.is_cuda and A[~allowed].any():
+        raise ValueError("allowed must hold every key of positive weight, got a weight outside it")
     # allowed keys in a random order, then the weights of allowed keys in theirs
     order = noise.masked_fill(~allowed, torch.inf).argsort(-1)
     places = (~allowed).to(torch.int8).argsort(dim=-1, stable=True)

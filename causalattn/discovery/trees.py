@@ -48,16 +48,22 @@ class Tree:
             if not states:
                 return
 
-    def sets(self, size: int, depth: int | None = None) -> set[int]:
+    def sets(self, size: int, depth: int | None = None, most: int | None = None) -> set[int]:
         """The sets of so many tokens, each reached within the set in at most depth steps; size steps by default.
 
-        Such a set less the token that is furthest in it is one too, so sets grow a token at a time.
+        Such a set less the token that is furthest in it is one too, so sets grow a token at a time; where there are
+        more than `most`, some of them, one more than that at least.
         """
         depth = size if depth is None else min(size, depth)
         sets = {0}
-        for _ in range(size):
-            grown = ((members, _union_of(self.levels(members, depth)) & ~members) for members in sets)
-            sets = {members | 1 << t for members, more in grown for t in tokens_of(more)}
+        for n in range(size):
+            grown: set[int] = set()
+            for members in sets:
+                more = _union_of(self.levels(members, depth)) & ~members
+                grown.update(members | 1 << t for t in tokens_of(more))
+                if n == size - 1 and most is not None and len(grown) > most:
+                    break
+            sets = grown
         return sets
 
 

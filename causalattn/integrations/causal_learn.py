@@ -36,6 +36,7 @@ def register(name: str = "causalattn") -> type:
 
     Raises:
         ImportError: causal-learn is not installed.
+        ValueError: the name is that of another test.
 
     Source: the registry of causal-learn (Zheng et al. 2024, JMLR 25).
 
@@ -48,6 +49,8 @@ def register(name: str = "causalattn") -> type:
     except ImportError as error:
         raise ImportError(MISSING) from error
     known = cit._custom_ci_tests.get(name)
+    if not getattr(known, "of_causalattn", known is None) or isinstance(getattr(cit, name, None), str):
+        raise ValueError(f"name must be free, got {name!r}, which causal-learn has a test of already")
     return known if getattr(known, "of_causalattn", False) else cit.register_ci_test(name, _test_class(name, cit))
 
 
@@ -59,7 +62,7 @@ def _test_class(name: str, cit) -> type:
             super().__init__(data, **kwargs)
             self.assert_input_data_is_valid()
             corr = np.corrcoef(data.T) if corr is None else corr
-            R = torch.as_tensor(corr)
+            R = corr if isinstance(corr, torch.Tensor) else torch.from_numpy(np.array(corr, np.float64))
             if R.shape != (data.shape[1], data.shape[1]):
                 raise ValueError(f"corr must have shape {[data.shape[1]] * 2}, got {list(R.shape)}")
             self.R, self.floor = correlation_lists(R)
@@ -96,6 +99,7 @@ def to_causal_learn(pag: PAG) -> "GeneralGraph":
 
     Raises:
         ImportError: causal-learn is not installed.
+        ValueError: the name is that of another test.
 
     Example:
         >>> graph = to_causal_learn(PAG.from_edges([(0, 1, "o->")], ["storm", "sank"]))

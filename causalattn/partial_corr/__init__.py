@@ -46,7 +46,8 @@ def partial_correlation(
     Args:
         R: correlations, [..., T, T], float32 or float64; read as (R + Rᵀ) / 2.
         i, j: the pairs, [N] for every leading axis of R or [..., N] with those; a number is one pair.
-        given: S of each test, [N, m] or [..., N, m], −1 where a set has fewer than m ≤ 16 tokens; None: no set.
+        given: S of each test, [N, m] or [..., N, m] ([m] for one pair), −1 where a set has fewer than m ≤ 16 tokens;
+            None: no set.
         rows: the rows of A that R was formed of, [..., T, S], S keys. A test that is SINGULAR in R is formed again from
             them in float64: what a float32 R needs under an attention sink.
         backend: "auto" takes Triton for CUDA tensors, of float64 too, and torch otherwise.

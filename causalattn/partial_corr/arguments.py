@@ -29,8 +29,8 @@ def check_correlation(R: Tensor) -> Tensor:
 
 
 def _check_values(R: Tensor) -> None:
-    if R.isnan().any():
-        raise ValueError(f"R must hold no NaN, got {int(R.isnan().sum())} of them")
+    if not R.isfinite().all():
+        raise ValueError(f"R must hold no NaN or inf, got {int((~R.isfinite()).sum())} of them")
     slack = SLACK * torch.finfo(R.dtype).eps
     apart = float((R - R.mT).abs().max())
     if not apart <= slack:
@@ -38,7 +38,9 @@ def _check_values(R: Tensor) -> None:
     diagonal = R.diagonal(dim1=-2, dim2=-1).flatten()
     off = (diagonal - 1).abs()
     if not float(off.max()) <= slack:
-        raise ValueError(f"R must have 1 on its diagonal, got {float(diagonal[off.argmax()])}")
+        token, value = int(off.argmax()) % R.shape[-1], float(diagonal[off.argmax()])
+        why = ", whose row of the attention is empty: leave it out" if value == 0 else ""
+        raise ValueError(f"R must have 1 on its diagonal, got {value:.6g} at token {token}{why}")
     largest = float(R.abs().max())
     if largest > 1 + slack:
         raise ValueError(f"R must lie in −1…1, got {largest:.6g}")
@@ -55,6 +57,8 @@ def check_tests(R: Tensor, i: Indices, j: Indices, given: Indices | None) -> tup
     except RuntimeError:
         shapes = ", ".join(str(list(x.shape)) for x in (i, j, given))
         raise ValueError(f"i [N], j [N] and given [N, m] must have one N, got {shapes}") from None
+    if given.ndim == 1 and given.numel() > 0 and shape and shape[-1] > 1:
+        raise ValueError(f"given must be [N, m], the set of each test, got one set for {shape[-1]} tests")
     _check_width(given)
     lead = R.shape[:-2]
     if len(shape) > 1 and shape[:-1] != lead:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import SLACK
+
 
 class FisherZ(NamedTuple):
     """z, the statistic √(n − |S| − 3)·artanh r; p, two-sided; log_p, its natural logarithm, finite where p is 0."""
@@ -60,7 +62,8 @@ def fisher_z(r: Tensor, n: float, order: int | Tensor = 0) -> FisherZ:
         order: |S|, one or as many as r has.
 
     Returns:
-        FisherZ in float64, of r's shape; NaN where r is, and z = ±∞, p = 0, log_p = −∞ where |r| = 1.
+        FisherZ in float64, of r's shape; NaN where r is, and z = ±∞, p = 0, log_p = −∞ where |r| is 1 (or a
+        rounding more).
 
     Raises:
         ValueError: n ≤ order + 3 or, on the CPU, |r| > 1.
@@ -79,8 +82,8 @@ def fisher_z(r: Tensor, n: float, order: int | Tensor = 0) -> FisherZ:
     left = torch.as_tensor(n - 3 - order, dtype=torch.float64, device=r.device)
     if not left.is_cuda and not (left > 0).all():
         raise ValueError(f"n must be greater than order + 3, got n = {n} and order up to {int(n - 3 - left.min())}")
-    if not r.is_cuda and (r.abs() > 1).any():
+    if not r.is_cuda and (r.abs() > 1 + SLACK * torch.finfo(r.dtype).eps).any():
         raise ValueError(f"r must lie in −1…1, got {float(r.abs().nan_to_num(0).max())} in size")
-    z = left.sqrt() * r.double().atanh()
+    z = left.sqrt() * r.double().clamp(-1, 1).atanh()
     size = z.abs()
     return FisherZ(z, torch.special.erfc(size / math.sqrt(2)), torch.special.log_ndtr(-size) + math.log(2))

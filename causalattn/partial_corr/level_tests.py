@@ -152,7 +152,7 @@ def _level_sets(
 
 def _ordered(node: Tensor, given: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates by node and then by set in lexical order, what fills up last, node T; and the rank of each set."""
-    given = given.masked_fill(given < 0, T).sort(-1).values
+    given = given.sort(-1).values
     places = torch.arange(node.shape[1], device=node.device).expand(node.shape)
     for column in reversed(given.unbind(-1)):
         places = places.gather(1, column.gather(1, places).argsort(dim=1, stable=True))
@@ -161,7 +161,7 @@ def _ordered(node: Tensor, given: Tensor, T: int) -> tuple[Tensor, Tensor, Tenso
     by_node = node.masked_fill(node < 0, T).gather(1, places)
     node, order = by_node.sort(dim=1, stable=True)
     sets = _at(sets, order)
-    return node, sets.masked_fill(sets == T, -1).contiguous(), changes.cumsum(1).gather(1, order)
+    return node, sets.contiguous(), changes.cumsum(1).gather(1, order)
 
 
 def _at(x: Tensor, places: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ def partial_correlations_given(R: Tensor, given: Tensor) -> tuple[Tensor, Tensor
     given = given.expand(G, -1, -1)
     there, members = (given >= 0) & (given < T), given.clamp(0, T - 1)
     # the rows of R of each set, [G, M, m, T]
-    rows = R.gather(1, members.reshape(G, -1, 1).expand(-1, -1, T)).reshape(G, M, m, T) * there[..., None]
+    rows = R.gather(1, members.reshape(G, M * m, 1).expand(-1, -1, T)).reshape(G, M, m, T) * there[..., None]
     block = rows.gather(3, members[:, :, None].expand(-1, -1, m, -1)) * there[:, :, None]
     factor = factorize(lambda a, b: block[..., a, b, None].clone(), m, R.new_empty(G, M, 1))
     H = R[:, None].expand(-1, M, -1, -1)
