@@ -13,6 +13,8 @@ from helpers import (
     PATHS,
     SEEDS,
     SQUARE_MASKS,
+    Extras,
+    Shape,
     assert_within_reference_error,
     grown_memory,
     make_mask,
@@ -23,7 +25,7 @@ from helpers import (
     shapes,
     to_numpy,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import causalattn as ca
@@ -135,6 +137,8 @@ def test_matches_float64_where_packed(backend, shape, name, chosen, seed):
 
 @pytest.mark.parametrize("backend", PATHS)
 @given(shape=shapes(), chosen=choices(), extras=EXTRAS.filter(lambda x: x.bias is None), seed=SEEDS)
+# beside a patched key that is the only one the sink is the rest
+@example(Shape(2, 1, 1, 1, 1, 59), [("patch", 0.0, 0.0, 0.0, None, None)], Extras(None, None, -3.0, None), 2)
 def test_slopes_softcap_and_sink(backend, shape, chosen, extras, seed):
     q, k, v = make_qkv(*shape, seed=seed, scale=2.0)
     check(backend, q, k, v, ca.full(), chosen, **make_options(extras, shape, seed))

@@ -57,6 +57,9 @@ def attention(
         c = np.where(given, shares, 0.0)
         total, here = c.sum(-1), given.any(-1)
         rest, rest_lse = _softmax(np.where(given, -np.inf, x), sink)
+        if sink is not None:
+            # a row without keys is empty, but here its sink is what is left
+            rest_lse = np.where(np.isneginf(rest_lse), sink.astype(np.float64)[:, None], rest_lse)
         alone = np.isneginf(rest_lse) | (total >= 1.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             blended = np.where(alone[..., None], c / total[..., None], (1.0 - total)[..., None] * rest + c)
