@@ -93,8 +93,7 @@ def edge_effects(
         NotImplementedError: an input that requires grad where gradients are recorded, or backend="triton" without
             the triton package.
 
-    Source: closed forms of the softmax after one score has changed; for λ → 0 the readout is the gradient of the
-        scores in the backward pass of Dao et al. 2022 (arXiv:2205.14135), times λ.
+    Source: closed forms of the softmax; for λ → 0 the readout is λ times dS of Dao et al. 2022 (arXiv:2205.14135).
 
     Example:
         >>> q = k = v = torch.eye(2).view(1, 1, 2, 2)
