@@ -188,10 +188,10 @@ KERNELS = {
         "attention.topk", (64, 128), arguments=lambda case: {"heads": range(2), "rows": range(1024)}
     ),
     "panel_fwd": Kernel(
-        "covariance", (64, 128, 256), plain="double unit", extras=("", "double bias softcap slopes unit"),
+        "covariance.panel", (64, 128, 256), plain="double unit", extras=("", "double bias softcap slopes unit"),
         arguments=_panel,
     ),
-    "products_fwd": Kernel("covariance", (None,), extras=("add",), arguments=_products),
+    "products_fwd": Kernel("covariance.products", (None,), extras=("add",), arguments=_products),
     # D is the number of given tokens here
     "partial_corr_fwd": Kernel(
         "partial_corr.batch", (0, 1, 3, 8, 16), extras=("rows",), arguments=_correlated,

@@ -54,7 +54,7 @@ class MatrixRows:
 
     def multiply(self, C: Tensor, left: Tensor, right: Tensor, m: int, n: int, add: bool) -> None:
         if self.kernel and C.dtype == torch.float32:
-            from ..kernels.covariance import TILE, products_fwd
+            from ..kernels.covariance.products import TILE, products_fwd
 
             low = torch.zeros(-(-self.T // self.block) * self.block // TILE, dtype=torch.int32, device=C.device)
             products_fwd(left, right, low, torch.full_like(low, self.W), C, m, n, add)

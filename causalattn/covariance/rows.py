@@ -75,7 +75,7 @@ class KernelRows:
         self.bounds: tuple[Tensor, Tensor] | None = None
 
     def fill(self, panel: Tensor, first: int) -> None:
-        from ..kernels.covariance import panel_fwd
+        from ..kernels.covariance.panel import panel_fwd
 
         panel_fwd(*self.arguments, first, panel)
         if self.hull is not None:
@@ -91,7 +91,7 @@ class KernelRows:
         if C.dtype == torch.float64:
             multiply(self, C, left, right, m, n, add)
         else:
-            from ..kernels.covariance import products_fwd
+            from ..kernels.covariance.products import products_fwd
 
             if self.bounds is None:
                 self.bounds = self._bounds()
@@ -99,7 +99,7 @@ class KernelRows:
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """The first and one past the last key that some row of each block may attend, [blocks] int32."""
-        from ..kernels.covariance import TILE
+        from ..kernels.covariance.products import TILE
 
         missing = -self.T % self.block
         low = F.pad(torch.where(self.stop > self.start, self.start, FAR), (0, missing), value=FAR)
