@@ -3,12 +3,13 @@
 from .background import Background
 from .ci import CorrelationTest, surrogate_data
 from .cleann import Explanation, Explanations, explain
+from .compare import Agreement, compare
 from .discover import Discovery, discover
 from .nulls import null_attention, null_discoveries
 from .pag import PAG, Mark, token_names
 from .sem import SEM, sem
 
 __all__ = [
-    "PAG", "SEM", "Background", "CorrelationTest", "Discovery", "Explanation", "Explanations", "Mark", "discover",
-    "explain", "null_attention", "null_discoveries", "sem", "surrogate_data", "token_names",
+    "PAG", "SEM", "Agreement", "Background", "CorrelationTest", "Discovery", "Explanation", "Explanations", "Mark",
+    "compare", "discover", "explain", "null_attention", "null_discoveries", "sem", "surrogate_data", "token_names",
 ]  # fmt: skip
