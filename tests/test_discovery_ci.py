@@ -84,6 +84,8 @@ def test_one_way_to_say_the_cut(options):
 def test_bad_input():
     with pytest.raises(ValueError, match="cut must lie between 0 and 1, got 1"):
         CorrelationTest(EYE, cut=1)
+    with pytest.raises(ValueError, match="alpha must lie between 0 and 1, got 2"):
+        CorrelationTest(EYE, n=100, alpha=2)
     with pytest.raises(ValueError, match=r"R must be one matrix \[T, T\], got \[2, 3, 3\]"):
         CorrelationTest(EYE.expand(2, 3, 3), cut=0.5)
     with pytest.raises(ValueError, match="R must have 1 on its diagonal"):

@@ -270,6 +270,7 @@ GOOD = torch.eye(4, dtype=torch.float64)
         (GOOD, ([0, 1], [1, 2, 3]), ValueError, "must have one N"),
         (GOOD, ([0], [1], [[2], [3]]), ValueError, None),
         (GOOD, (0, 1, [-1] * 17), ValueError, "given must have at most 16 columns, got 17"),
+        (GOOD, ([0, 1], [1, 2], [[3], [0, 3]]), ValueError, "given must be rows of one length, −1 filling them up"),
         (GOOD, (0.5, 1), TypeError, "i must hold integers, got float32"),
         (GOOD, ("a", 1), TypeError, "i must hold integers, got str"),
         (GOOD, (torch.zeros(2, 3).long(), 1), ValueError, r"must have R's leading axes \[\] or none, got \[2\]"),
@@ -303,6 +304,10 @@ def test_other_bad_input():
         ca.critical_correlation(100, 0.1, -1)
     with pytest.raises(ValueError, match=r"n must be greater than order \+ 3"):
         ca.fisher_z(torch.zeros(2), 5, torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="got n = nan and order up to 0"):
+        ca.fisher_z(torch.zeros(2), float("nan"))
+    with pytest.raises(ValueError, match="order must be at least 0, got -2"):
+        ca.fisher_z(torch.zeros(2), 50, torch.tensor([0, -2]))
     with pytest.raises(ValueError, match="r must lie in −1…1"):
         ca.fisher_z(torch.tensor([0.0, -1.5]), 50)
     with pytest.raises(TypeError, match="r must be a floating point tensor, got int"):
@@ -334,3 +339,30 @@ def test_strided_matrices_and_rows():
 def test_the_bound_is_what_the_docstring_says():
     assert math.isclose(pivot_floor(torch.float64), 1.8e-12, rel_tol=0.02)
     assert math.isclose(pivot_floor(torch.float32), 9.8e-4, rel_tol=0.01)
+
+
+def test_one_graph_serves_every_number_of_tests():
+    R = tensor(correlation(attention(12)))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def both(R, i, j, given):
+        r = ca.partial_correlation(R, i, j, given).r
+        return r, ca.fisher_z(r, 100, 2).p
+
+    compiled = torch.compile(both, backend=count, fullgraph=True)
+    for N in (5, 9, 40):
+        arguments = R, *some_tests(12, N, 2)
+        torch.testing.assert_close(compiled(*arguments), both(*arguments), rtol=0, atol=0, equal_nan=True)
+    assert len(graphs) <= 2
+
+
+def test_a_level_is_one_graph():
+    R = tensor(correlation(attention(12)))
+    adjacency = ~torch.eye(12, dtype=torch.bool, device=DEVICE)
+    found = torch.compile(lambda R, near: ca.level_tests(R, near, 1, cut=0.2), backend="eager", fullgraph=True)
+    for ours, plain in zip(found(R, adjacency), ca.level_tests(R, adjacency, 1, cut=0.2), strict=True):
+        assert torch.equal(ours.nan_to_num(9), plain.nan_to_num(9))

@@ -219,6 +219,8 @@ PAIR = ca.Candidates(torch.tensor([0]), torch.tensor([[1, 2]]))
         ((GOOD, ALL, 1.0), {}, ValueError, "order must be an integer of at least 0, got 1.0"),
         ((GOOD, ALL, 0), {"cut": 0.0}, ValueError, "cut must lie between 0 and 1, got 0.0"),
         ((GOOD, ALL, 0), {"cut": float("nan")}, ValueError, "cut must lie between 0 and 1, got nan"),
+        ((GOOD, ALL, 0), {"cut": None}, TypeError, "cut must be a number, got NoneType"),
+        ((GOOD, ALL, 2), {"candidates": {"node": [0]}}, TypeError, "candidates must be Candidates, got dict"),
         ((GOOD, ALL, 2), {}, ValueError, "candidates must be given from order 2 on"),
         ((GOOD, ALL, 0), {"candidates": PAIR}, ValueError, "candidates must be None at order 0"),
         ((GOOD, ALL, 3), {"candidates": PAIR}, ValueError, "given one axis more, of order = 3"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..partial_corr import Status, critical_correlation
-from ..partial_corr.arguments import check_correlation
+from ..partial_corr.arguments import check_correlation, check_cut
 from ..partial_corr.factor import pivot_floor
 
 
@@ -62,9 +62,10 @@ def cuts(cut: float | None, n: float | None, alpha: float | None) -> Callable[[i
     if (cut is None) == (n is None) or (n is None) != (alpha is None):
         raise ValueError(f"give cut, or n and alpha, got cut={cut}, n={n}, alpha={alpha}")
     if cut is None:
+        # what it refuses of n and alpha is refused before the first test
+        critical_correlation(n, alpha, 0)
         return lambda order: critical_correlation(n, alpha, order)
-    if not 0 < cut < 1:
-        raise ValueError(f"cut must lie between 0 and 1, got {cut}")
+    cut = check_cut(cut)
     return lambda order: cut
 
 

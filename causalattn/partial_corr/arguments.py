@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ MOST = 16
 Indices = Tensor | Sequence | int
 
 
+def readable(x: Tensor) -> bool:
+    """Whether values may be looked at: not on a GPU, which would wait, nor while a graph is traced."""
+    return not (x.is_cuda or torch.compiler.is_compiling())
+
+
 def check_correlation(R: Tensor) -> Tensor:
     """R as [G, T, T], contiguous, and the same on both sides of its diagonal."""
     if not isinstance(R, Tensor):
@@ -22,7 +28,7 @@ def check_correlation(R: Tensor) -> Tensor:
     if R.ndim < 2 or R.shape[-1] != R.shape[-2]:
         raise ValueError(f"R must be square, [..., T, T], got {list(R.shape)}")
     R = R.detach()
-    if not R.is_cuda and R.numel() > 0:
+    if readable(R) and R.numel() > 0:
         _check_values(R)
     flat = _flat(R)
     return ((flat + flat.mT) / 2).contiguous()
@@ -65,7 +71,7 @@ def check_tests(R: Tensor, i: Indices, j: Indices, given: Indices | None) -> tup
         raise ValueError(f"i, j and given must have R's leading axes {list(lead)} or none, got {list(shape[:-1])}")
     members = torch.cat([given.expand(*shape, -1), i.expand(shape)[..., None], j.expand(shape)[..., None]], -1)
     members = _flat(members if shape else members[None]).contiguous()
-    if not R.is_cuda:
+    if readable(R):
         _check_members(members, R.shape[-1])
     return members, shape if len(shape) > 1 else lead + shape
 
@@ -88,6 +94,14 @@ def check_sets(given: Tensor) -> None:
         raise ValueError("given must hold a token once, got a set that repeats one")
 
 
+def check_cut(cut: float) -> float:
+    if not isinstance(cut, Real):
+        raise TypeError(f"cut must be a number, got {type(cut).__name__}")
+    if not 0 < cut < 1:
+        raise ValueError(f"cut must lie between 0 and 1, got {cut}")
+    return float(cut)
+
+
 def check_rows(rows: Tensor | None, R: Tensor) -> Tensor | None:
     """rows as [G, T, S]."""
     if rows is None:
@@ -108,7 +122,7 @@ def check_given(R: Tensor, given: Indices) -> tuple[Tensor, torch.Size]:
     if given.ndim == 0 or (given.ndim > 2 and given.shape[:-2] != lead):
         raise ValueError(f"given must be [m], [M, m] or {[*lead, 'M', 'm']}, got {list(given.shape)}")
     _check_width(given)
-    if not R.is_cuda:
+    if readable(R):
         _check_tokens("given", given, -1, R.shape[-1])
         check_sets(given)
     return _flat(given if given.ndim > 1 else given[None]), lead + given.shape[-2:-1]
@@ -117,7 +131,7 @@ def check_given(R: Tensor, given: Indices) -> tuple[Tensor, torch.Size]:
 def check_adjacency(adjacency: Tensor, R: Tensor) -> Tensor:
     """adjacency as [G, T, T]."""
     _check_bool("adjacency", adjacency, R)
-    if not R.is_cuda:
+    if readable(R):
         if (adjacency != adjacency.mT).any():
             raise ValueError("adjacency must be symmetric, got a pair that is adjacent one way only")
         if adjacency.diagonal(dim1=-2, dim2=-1).any():
@@ -129,6 +143,8 @@ def check_candidates(
     candidates: tuple[Tensor, Tensor, Tensor | None, Tensor | None], R: Tensor, order: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """node [G or 1, M], given [G or 1, M, order], ancestors and others [G, T, T] of Candidates."""
+    if not isinstance(candidates, tuple) or len(candidates) != 4:
+        raise TypeError(f"candidates must be Candidates, got {type(candidates).__name__}")
     node, given, *masks = candidates
     node, given = _integers("candidates.node", node, R.device), _integers("candidates.given", given, R.device)
     if node.ndim < 1 or given.shape != (*node.shape, order) or (node.ndim > 1 and node.shape[:-1] != R.shape[:-2]):
@@ -137,7 +153,7 @@ def check_candidates(
             f"candidates must have node [M] or {lead} and given one axis more, of order = {order}, "
             f"got {list(node.shape)} and {list(given.shape)}"
         )
-    if not R.is_cuda:
+    if readable(R):
         _check_tokens("candidates.node", node, -1, R.shape[-1])
         _check_tokens("candidates.given", given, -1, R.shape[-1])
         check_sets(given)
@@ -172,7 +188,9 @@ def _check_tokens(name: str, x: Tensor, least: int, T: int) -> None:
 def _integers(name: str, x: Indices, device: torch.device) -> Tensor:
     try:
         x = torch.as_tensor(x, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except ValueError as error:
+        raise ValueError(f"{name} must be rows of one length, −1 filling them up, got {error}") from None
+    except (TypeError, RuntimeError) as error:
         raise TypeError(f"{name} must hold integers, got {_kind(x)}: {error}") from None
     if x.numel() == 0:
         return x.long()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import SLACK
+from .arguments import SLACK, readable
 
 
 class FisherZ(NamedTuple):
@@ -66,7 +66,7 @@ def fisher_z(r: Tensor, n: float, order: int | Tensor = 0) -> FisherZ:
         rounding more).
 
     Raises:
-        ValueError: n ≤ order + 3 or, on the CPU, |r| > 1.
+        ValueError: on the CPU, n ≤ order + 3, order < 0 or |r| > 1.
         TypeError: r is not a floating point tensor.
 
     Source: Fisher 1924, as `critical_correlation`.
@@ -79,10 +79,13 @@ def fisher_z(r: Tensor, n: float, order: int | Tensor = 0) -> FisherZ:
         raise TypeError(
             f"r must be a floating point tensor, got {r.dtype if isinstance(r, Tensor) else type(r).__name__}"
         )
-    left = torch.as_tensor(n - 3 - order, dtype=torch.float64, device=r.device)
-    if not left.is_cuda and not (left > 0).all():
-        raise ValueError(f"n must be greater than order + 3, got n = {n} and order up to {int(n - 3 - left.min())}")
-    if not r.is_cuda and (r.abs() > 1 + SLACK * torch.finfo(r.dtype).eps).any():
+    order = torch.as_tensor(order, device=r.device)
+    left = (n - 3 - order).double()
+    if readable(order) and not (left > 0).all():
+        raise ValueError(f"n must be greater than order + 3, got n = {n} and order up to {int(order.max())}")
+    if readable(order) and (order < 0).any():
+        raise ValueError(f"order must be at least 0, got {int(order.min())}")
+    if readable(r) and (r.abs() > 1 + SLACK * torch.finfo(r.dtype).eps).any():
         raise ValueError(f"r must lie in −1…1, got {float(r.abs().nan_to_num(0).max())} in size")
     z = left.sqrt() * r.double().clamp(-1, 1).atanh()
     size = z.abs()

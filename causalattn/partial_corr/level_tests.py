@@ -1,5 +1,6 @@
 """All tests of a level of a graph search."""
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import Backend
-from .arguments import check_adjacency, check_candidates, check_correlation
+from .arguments import check_adjacency, check_candidates, check_correlation, check_cut
 from .level import level_one, level_sets
 
 # tokens of a set that the kernels keep in registers
@@ -92,10 +93,9 @@ def level_tests(
     """
     flat = check_correlation(R)
     adjacency = check_adjacency(adjacency, R)
-    if isinstance(order, bool) or not isinstance(order, int) or order < 0:
+    if isinstance(order, bool) or not isinstance(order, Integral) or order < 0:
         raise ValueError(f"order must be an integer of at least 0, got {order!r}")
-    if not 0 < cut < 1:
-        raise ValueError(f"cut must lie between 0 and 1, got {cut}")
+    order, cut = int(order), check_cut(cut)
     if candidates is None and order > 1:
         raise ValueError(f"candidates must be given from order 2 on, got None at order {order}")
     if candidates is not None and order == 0:
