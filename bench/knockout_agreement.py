@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from causalattn.cli import SENTENCE
+from causalattn.cli.model import SENTENCE
 from causalattn.experiments import KnockoutSweep, knockout_sweep
 from causalattn.experiments.knockout import _spearman
 from causalattn.text_sweep import sweep_text

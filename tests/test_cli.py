@@ -1,17 +1,19 @@
 """The command line: what it prints, what it writes, and how it refuses."""
 
+import importlib.util
 import io
 import json
 import os
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 
 import pytest
 from tiny_checkpoint import save_checkpoint, words
 
 from causalattn import cli
+from causalattn.cli.model import DEMO_PACKAGE
+from causalattn.cli.model import SENTENCE as DEMO_SENTENCE
 
 SENTENCE = "Because the storm intensified , the ship finally sank ."
 FIGURES = {"attention.png", "outer-product.png", "scores.png", "edges.png", "z-grid.png"}
@@ -32,7 +34,7 @@ def gpt2(tmp_path_factory):
 def demo(tmp_path_factory):
     """The demo as it is run without arguments: its folder, stdout and stderr."""
     folder = tmp_path_factory.mktemp("demo")
-    place = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    place = {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "causalattn", "demo"]
     done = subprocess.run(command, cwd=folder, env=os.environ | place, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
@@ -153,12 +155,12 @@ def test_no_command_and_an_unknown_one_are_refused(capsys):
     [
         ("transformers", "causalattn[transformers]", ["analyze", "--model", "m", "--text", "a"]),
         ("matplotlib", "causalattn[plot]", ["analyze", "--model", "m", "--text", "a", "--html", "x"]),
-        (cli.DEMO_PACKAGE, "causalattn[demo]", ["demo"]),
+        (DEMO_PACKAGE, "causalattn[demo]", ["demo"]),
     ],
 )
 def test_a_package_that_is_missing_is_named(package, extra, argv, capsys, monkeypatch):
-    found = util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
     message = refused(capsys, *argv)
     assert message.startswith(f"{package} is not installed") and extra in message
 
@@ -187,7 +189,7 @@ def test_a_folder_where_the_page_should_go_is_refused(bert, tmp_path, capsys):
 
 
 def test_a_reader_that_leaves_early_is_no_error(bert):
-    place = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    place = {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "causalattn", "analyze", "--model", bert, "--text", SENTENCE]
     process = subprocess.Popen(command, env=os.environ | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -205,10 +207,10 @@ def test_the_demo_leaves_its_figures_its_page_and_two_tables(demo):
 
 
 def test_the_demo_of_a_causal_model_sets_its_score_beside_uniform_attention(gpt2, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "PASSAGE_TOKENS", 20)
+    monkeypatch.setattr("causalattn.cli.demo.PASSAGE_TOKENS", 20)
     assert cli.main(["demo", "--model", gpt2, "--html", str(tmp_path / "page.html")]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("last layer"))
-    T = len(cli.SENTENCE.split())
+    T = len(DEMO_SENTENCE.split())
     uniform = 1 - sum(1 / n for n in range(1, T + 1)) / T
     assert f"T = {T}: {uniform:.3f}" in line and line.endswith("published for gpt2: 0.810")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

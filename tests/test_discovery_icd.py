@@ -207,6 +207,14 @@ def test_cuts_are_told():
     assert discover(R, cut=0.3).cuts[0] == 0.3
 
 
+def test_sets_that_n_is_too_small_for_are_not_tested():
+    R = tensor(correlation(attention(10, S=14))).cpu()
+    found = discover(R, n=4.5, alpha=0.9999)
+    assert len(found.levels) == 2 and not found.complete
+    assert found.cuts == (ca.critical_correlation(4.5, 0.9999, 0), ca.critical_correlation(4.5, 0.9999, 1))
+    assert len(discover(R, n=5, alpha=0.9999).levels) == 2
+
+
 def test_background_knowledge():
     R = tensor(correlation(attention(6, S=12))).cpu()
     known = Background(required=[(0, 1)], forbidden=[(2, 3)], tiers=[0, 0, 0, 1, 1, 1])
@@ -231,6 +239,11 @@ EYE = torch.eye(3, dtype=torch.float64)
         (2 * EYE, {}, "R must have 1 on its diagonal"),
         (EYE, {"cut": 1.5}, "cut must lie between 0 and 1, got 1.5"),
         (EYE, {"n": 10, "alpha": 0.1}, "give cut, or n and alpha"),
+        (EYE, {"max_order": -1}, "max_order must be an integer of at least 0, got -1"),
+        (EYE, {"max_order": True}, "max_order must be an integer of at least 0, got True"),
+        (EYE, {"max_tests": 1.5}, "max_tests must be an integer of at least 0, got 1.5"),
+        (EYE, {"cut": None, "n": 3, "alpha": 0.1}, r"n must be greater than order \+ 3 = 3, got 3"),
+        (EYE, {"names": ["a", "b", "a"]}, "names must be distinct, got 'a' twice"),
         (EYE, {"order": "depth"}, "order must be 'time' or the place of each token, got 'depth'"),
         (EYE, {"order": [0, 1]}, "must have a place for each of the 3 tokens"),
         (EYE, {"order": [0, 1, 1]}, "order must give every token a place of its own"),
@@ -248,3 +261,11 @@ EYE = torch.eye(3, dtype=torch.float64)
 def test_bad_input(R, options, message):
     with pytest.raises(ValueError, match=message):
         discover(R, **{"cut": 0.5, **options})
+
+
+def test_background_is_of_token_numbers():
+    for pairs in ([(0.5, 1)], [3], [("a", "b")]):
+        with pytest.raises(TypeError, match="required must hold pairs of token numbers, got"):
+            discover(EYE, cut=0.5, background=Background(required=pairs))
+    with pytest.raises(TypeError, match="cut must be a number, got str"):
+        discover(EYE, cut="0.5")

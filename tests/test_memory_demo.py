@@ -1,5 +1,6 @@
 """Images in two Hopfield networks: what the theory makes certain of them, and the command that shows it."""
 
+import importlib.util
 import io
 import json
 
@@ -239,7 +240,7 @@ def test_the_command_refuses_in_one_line(options, message, tmp_path, capsys, mon
 
 
 def test_the_missing_package_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     figure = str(tmp_path / "memory.png")
     assert refused(capsys, "hopfield", "--figure", figure).startswith("matplotlib is not installed")
     assert cli.main(["demo", "hopfield", "--patterns", "2"]) == 0

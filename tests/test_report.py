@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 import pytest
 from tiny_checkpoint import save_checkpoint, words
 
-from causalattn import cli, report
+from causalattn import report
+from causalattn.cli.analyze import score
+from causalattn.cli.model import load
 from causalattn.report import to_html
 
 EMPTY = {"br", "hr", "img", "meta", "link", "input"}
@@ -36,7 +38,7 @@ class Page(HTMLParser):
 
 
 def section_of(folder, text, drawn=False, title="text"):
-    return cli._score(cli._load(str(folder)), title, text, drawn, None)
+    return score(load(str(folder)), title, text, drawn, None)
 
 
 @pytest.fixture(scope="module")

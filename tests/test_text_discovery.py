@@ -1,6 +1,9 @@
 """causalattn discover: the table, the JSON, the figure and the refusals."""
 
+import copy
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,11 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 import causalattn as ca
 from causalattn import cli
 from causalattn.discovery import discover
+from causalattn.partial_corr import level_tests
 from causalattn.text_discovery import discover_text, draw, table
+
+# the module: its name in the package is the function's
+SEARCH = sys.modules["causalattn.discovery.discover"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,7 @@ def test_a_graph_a_head(loaded):
     call = ca.capture(model, inputs)[1]
     R = ca.attention_correlation(call.q, call.k, **call.options())[0]
     assert result.layer == 1 and not result.ordered and [head.head for head in result.heads] == [*range(len(R))]
-    assert told[-1] == (len(R), len(R))
+    assert told == [(done, 4 * len(R)) for done in range(1, 4 * len(R) + 1)]
     for head in result.heads:
         alone = discover(R[head.head], cut=0.2, names=result.tokens)
         assert head.found.pag == alone.pag and len(head.null_edges) == 3
@@ -41,7 +48,9 @@ def test_a_graph_a_head(loaded):
     best = result.best()
     lines = table(result)
     assert lines[0].startswith("layer 1, 10 tokens, 45 pairs, independent below |r| = 0.2000")
-    assert len(lines) == 4 + len(R) + best.edges and lines[-1].endswith("says nothing of the model.")
+    separated = 45 - best.edges
+    assert len(lines) == 5 + len(R) + best.edges + min(separated, 20) + (separated > 20)
+    assert lines[-1].endswith("says nothing of the model.")
     drawing = draw(result)
     assert drawing.name == "pag" and len(drawing.png()) > 5000
 
@@ -70,6 +79,95 @@ def test_a_causal_model_is_searched_in_order():
     assert table(result)[0].endswith(", in the order of the text")
 
 
+def test_nulls_of_models_that_were_not_trained(loaded):
+    model, inputs = loaded
+    tokens = SENTENCE.split()
+    result = discover_text(model, inputs, tokens, cut=0.2, null="untrained", draws=2, max_order=1)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        call = ca.capture(type(model)(model.config).eval(), inputs)[1]
+        for head, R in zip(result.heads, ca.attention_correlation(call.q, call.k, **call.options())[0], strict=True):
+            assert head.null_edges[seed] == int(discover(R, cut=0.2, max_order=1).pag.skeleton.sum()) // 2
+    # what is drawn for a null is not what others draw
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    discover_text(model, inputs, tokens, cut=0.2, null="untrained", draws=1, max_order=0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_key_whose_weight_vanished_is_still_one_that_may_be_attended(loaded):
+    model, inputs = loaded
+    sharp = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in sharp.named_parameters():
+            if "query.weight" in name:
+                parameter *= 1e5
+    call = ca.capture(sharp, inputs)[1]
+    A = ca.attention_rows(call.q, call.k, range(10), **call.options())
+    assert (A == 0).any()
+    # a permutation among keys of weight alone would leave rows of one key where they are
+    result = discover_text(sharp, inputs, SENTENCE.split(), cut=0.2, null="permute", draws=8, max_order=0)
+    assert any(len({*head.null_edges}) > 1 for head in result.heads)
+
+
+def test_the_best_head_is_searched_at_many_cuts(loaded):
+    model, inputs = loaded
+    told = []
+    options = {"draws": 2, "max_order": 1, "progress": lambda *x: told.append(x)}
+    result = discover_text(model, inputs, SENTENCE.split(), cut=0.2, sweep=5, **options)
+    sweep, best = result.sweep, result.best()
+    assert told[-1] == (11, 11)
+    torch.testing.assert_close(torch.tensor(sweep.cuts), 0.2 * 2 ** torch.tensor([-1, -0.5, 0, 0.5, 1]))
+    assert sweep.found[2].pag.marks.tolist() == best.found.pag.marks.tolist()
+    edge = next(line for line in table(result) if line.endswith(str(best.found.pag).splitlines()[0]))
+    a, b, _ = next(best.found.pag.edges())
+    assert int(edge.split()[2]) == sum(x.pag.skeleton[a, b] for x in sweep.found)
+    whole = json.loads(result.to_json())
+    assert whole["sweep"]["shares"][f"{a} {b}"] == sweep.edges[a, b]
+
+
+def test_every_level_is_told_before_the_nulls(loaded):
+    model, inputs = loaded
+    told = []
+    result = discover_text(model, inputs, SENTENCE.split(), cut=0.2, draws=1, on_level=lambda x: told.append(x))
+    levels = [len(head.found.levels) for head in result.heads]
+    assert [(len(x.heads), len(x.heads[-1].found.levels)) for x in told] == [
+        (head + 1, level) for head, last in enumerate(levels) for level in range(1, last + 1)
+    ]
+    assert json.loads(told[0].to_json())["heads"][0]["null_edges"] == []
+    assert told[-1].heads[-1].found.pag == result.heads[-1].found.pag
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_interrupted_run_leaves_its_last_level(bert, tmp_path, capsys, monkeypatch, saved):
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def stop(*arguments, **options):
+        made.append(arguments)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return level_tests(*arguments, **options)
+
+    monkeypatch.setattr(SEARCH, "level_tests", stop)
+    path = tmp_path / ("kept.json" if saved else "causalattn-discover.json")
+    options = ["--save", str(path)] if saved else []
+    command = ["discover", "--model", bert, "--text", SENTENCE, "--cut", "0.2", "--draws", "1", "--max-order", "1"]
+    message = refused(capsys, *command, *options)
+    assert message == f"interrupted: the graphs up to the last finished level are in {path if saved else path.name}"
+    left = json.loads(path.read_text())
+    # two levels of the first head and one of the second
+    assert [len(head["levels"]) for head in left["heads"]] == [2, 1] and [*tmp_path.iterdir()] == [path]
+    path.unlink()
+    monkeypatch.setattr(SEARCH, "level_tests", interrupt)
+    assert refused(capsys, *command) == "interrupted: no level was finished" and not [*tmp_path.iterdir()]
+
+
+def interrupt(*arguments, **options):
+    raise KeyboardInterrupt
+
+
 def test_the_command(bert, tmp_path, capsys):
     figure = tmp_path / "graph.png"
     command = ["discover", "--model", bert, "--text", SENTENCE, "--draws", "2", "--max-order", "1"]
@@ -91,7 +189,7 @@ def test_the_command(bert, tmp_path, capsys):
         (["--cut", "1.5"], "cut must lie between 0 and 1, got 1.5"),
         (["--cut", "0.2", "--alpha", "0.1"], "give cut, or n and alpha"),
         (["-n", "2"], "n must be greater than order + 3"),
-        (["--heads", "9"], "heads must lie in 0…"),
+        (["--heads", "9"], "heads must be different numbers from 0 to 1, got [9]"),
         (["--layer", "7"], "7"),
         (["--text", "storm"], "a graph needs at least 2 tokens"),
         (["--text", " "], "the text is empty: --text"),
@@ -100,3 +198,21 @@ def test_the_command(bert, tmp_path, capsys):
 def test_what_is_wrong_is_said_in_one_line(bert, capsys, arguments, message):
     command = ["discover", "--model", bert, "--draws", "1", *arguments]
     assert message in refused(capsys, *command)
+
+
+def test_bad_input(loaded):
+    model, inputs = loaded
+    tokens = SENTENCE.split()
+    twice = {name: x.repeat(2, 1) for name, x in inputs.items()}
+    padded = inputs | {"attention_mask": (torch.arange(10) < 8).long()[None]}
+    for given, words, options, message in [
+        (twice, tokens, {}, "inputs must be one sequence, got 2"),
+        (padded, tokens, {}, "inputs must have no padding, got 2 tokens that attend nothing"),
+        (inputs, tokens[:9], {}, "tokens must be 10, one a position, got 9"),
+        (inputs, tokens, {"heads": []}, "heads must be different numbers from 0 to 1, got []"),
+        (inputs, tokens, {"null": "shuffle"}, "null must be one of random_logits, permute, untrained, got 'shuffle'"),
+        (inputs, tokens, {"draws": 0}, "draws must be at least 1, got 0"),
+        (inputs, tokens, {"sweep": -1}, "sweep must be at least 0, got -1"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            discover_text(model, given, words, cut=0.2, **options)

@@ -8,8 +8,10 @@ from .discover import Discovery, discover
 from .nulls import null_attention, null_discoveries
 from .pag import PAG, Mark, token_names
 from .sem import SEM, sem
+from .sweep import CutSweep, sweep_cuts
 
 __all__ = [
-    "PAG", "SEM", "Agreement", "Background", "CorrelationTest", "Discovery", "Explanation", "Explanations", "Mark",
-    "compare", "discover", "explain", "null_attention", "null_discoveries", "sem", "surrogate_data", "token_names",
+    "PAG", "SEM", "Agreement", "Background", "CorrelationTest", "CutSweep", "Discovery", "Explanation", "Explanations",
+    "Mark", "compare", "discover", "explain", "null_attention", "null_discoveries", "sem", "surrogate_data",
+    "sweep_cuts", "token_names",
 ]  # fmt: skip

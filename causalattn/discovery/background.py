@@ -1,6 +1,7 @@
 """What is known before a search: edges that must or must not be, and an order in time."""
 
 from collections.abc import Iterable, Sequence
+from operator import index
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +49,10 @@ def start_of(T: int, background: Background, order: np.ndarray | None) -> tuple[
 
 
 def _pairs(name: str, pairs: Pairs, T: int) -> list[tuple[int, int]]:
-    found = [tuple(map(int, pair)) for pair in pairs]
+    try:
+        found = [tuple(map(index, pair)) for pair in pairs]
+    except TypeError:
+        raise TypeError(f"{name} must hold pairs of token numbers, got {pairs!r}") from None
     for pair in found:
         if len(pair) != 2 or pair[0] == pair[1] or not all(0 <= t < T for t in pair):
             raise ValueError(f"{name} must hold pairs of two tokens in 0…{T - 1}, got {pair}")

@@ -1,7 +1,9 @@
 """From correlations to a partial ancestral graph: the public search."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +24,11 @@ NO_BACKGROUND = Background()
 class Discovery(NamedTuple):
     """What a search found.
 
-    pag: the graph. sepsets: of each pair a < b without an edge, the tokens given which a test called it independent.
+    pag: the graph. sepsets: of each pair a < b whose edge a test took, the tokens given which it was independent.
     strength: [T, T], the least |r| / cut of all tests of a pair, below 1 where its edge fell, NaN where none was
-    decided: how far an edge is from falling. cuts: the |r| below which a pair was independent, for |S| = 0, 1, ….
-    levels: what each level did. complete: nothing was left to test; else max_order or max_tests ended the search, and
-    the graph is right for sets up to the last level's size.
+    decided: how far an edge is from falling; a required one may stand below 1. cuts: the |r| below which a pair was
+    independent, for |S| = 0, 1, …. levels: what each level did. complete: nothing was left to test; else max_order,
+    max_tests or n ended the search, and the graph is right for sets up to the last level's size.
     """
 
     pag: PAG
@@ -64,10 +66,12 @@ def discover(
     Args:
         R: correlations, [T, T], T ≥ 2, as in `partial_correlation`; those of `attention_correlation` in float64.
         cut: the |r| below which tokens are independent, 0 < cut < 1; else
-        n, alpha: sample size and level, from which `critical_correlation` takes the cut for each |S|.
+        n, alpha: sample size and level, from which `critical_correlation` takes the cut for each |S|; sets of n − 3
+            tokens or more are not tested.
         order: "time", token t coming before t + 1, or the place of each token in time: OrdICD.
         max_order: the largest |S|; T − 2 by default.
-        max_tests: a level of |S| ≥ 2 that could take more tests is not begun.
+        max_tests: a level that could take more tests is not begun, where its sets come from the graph: |S| ≥ 2, or 1
+            in a known order.
         background: required and forbidden edges, tiers.
         selection_bias: whether tokens may have been selected on: undirected edges, rules R5 … R7.
         names: of the tokens; "0", "1", … by default.
@@ -79,7 +83,8 @@ def discover(
 
     Raises:
         ValueError: fewer than two tokens, an R that does not fit or in which every token is every other one, both or
-            neither of cut and (n, alpha), n ≤ |S| + 3, an order, names or background that do not fit.
+            neither of cut and (n, alpha), n ≤ 3, an order, max_order, max_tests, names or background that do not fit.
+        TypeError: background edges or a cut that are no numbers, or names that are no strings.
 
     Source: Rohekar et al. 2021 (arXiv:2111.04095) for ICD, Rohekar et al. 2023 (arXiv:2310.20307) for attention;
         Colombo and Maathuis 2014 for levels that do not depend on the order of the tokens.
@@ -95,15 +100,18 @@ def discover(
     _check_degenerate(R)
     T = R.shape[0]
     cut_of = cuts(cut, n, alpha)
+    depth = _depth(T, max_order, n, max_tests)
     places = None if order is None else np.arange(T) if isinstance(order, str) else np.asarray(order)
     _check_order(order, places)
     start, required = start_of(T, background, places)
     names = tuple(map(str, range(T))) if names is None else tuple(names)
+    # what does not fit is refused before the first level
+    PAG(start, names)
     test = partial(_test, R, cut_of, backend)
     found = None
     search = icd(
         test, start, cut=cut_of, order=places, required=required, selection_bias=selection_bias,
-        max_order=max_order, max_tests=max_tests,
+        max_order=depth, max_tests=max_tests,
     )  # fmt: skip
     for state in search:
         found = _discovery(state, names, cut_of)
@@ -131,6 +139,16 @@ def _check_degenerate(R: Tensor) -> None:
         raise ValueError(f"R must be one matrix [T, T] of at least 2 tokens, got {list(R.shape)}")
     if bool((flat[0].abs() >= 1 - 64 * torch.finfo(R.dtype).eps).all()):
         raise ValueError("R must tell tokens apart, got |r| = 1 for every pair: all rows of the attention are the same")
+
+
+def _depth(T: int, max_order: int | None, n: float | None, max_tests: int) -> int:
+    """The largest |S| that may be tested."""
+    for name, value in (("max_order", max_order), ("max_tests", max_tests)):
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not (value is None and name == "max_order") and not (whole and value >= 0):
+            raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    limits = [T - 2 if max_order is None else max_order]
+    return min(limits if n is None or math.isinf(n) else [*limits, math.ceil(n) - 4])
 
 
 def _check_order(order: str | Sequence[int] | None, places: np.ndarray | None) -> None:

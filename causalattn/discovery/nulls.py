@@ -73,6 +73,7 @@ def null_discoveries(
     null: NullKind = "random_logits",
     draws: int = 20,
     allowed: Tensor | None = None,
+    correlate: Callable[[Tensor], Tensor] = correlation,
     generator: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options,
@@ -84,6 +85,7 @@ def null_discoveries(
     Args:
         A, null, allowed, generator: as in `null_attention`.
         draws: how many.
+        correlate: makes R of a drawn map, as it was made of A: `dense.correlation`, or that with center=True.
         progress: called with how many are done and draws.
         options: of `discover`, such as cut, n, alpha, order, max_order.
 
@@ -100,7 +102,7 @@ def null_discoveries(
     found = []
     for done in range(draws):
         drawn = null_attention(A, null=null, allowed=allowed, generator=generator)
-        found.append(discover(correlation(drawn), **options))
+        found.append(discover(correlate(drawn), **options))
         if progress is not None:
             progress(done + 1, draws)
     return found

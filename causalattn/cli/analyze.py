@@ -1,0 +1,93 @@
+"""causalattn analyze: the scores of a model's heads on a text."""
+
+import argparse
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from ..analysis import analyze, capture
+from ..console import CommandError, Progress, one_line, read, write
+from ..report import CAUSAL_NOTE, Section, cell, columns_of, received_text, to_html
+from .arguments import numbers, positive
+from .model import Loaded, encode, load
+from .output import check_plotting, print_files
+
+
+def add(commands) -> None:
+    sub = commands.add_parser("analyze", help="score the heads of a model on a text")
+    sub.add_argument("--model", required=True, metavar="PATH_OR_NAME", help="a transformers model")
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="the text itself")
+    source.add_argument("--file", type=Path, help="a UTF-8 text file")
+    sub.add_argument("--layers", type=numbers, metavar="0,5", help="only these layers")
+    sub.add_argument("--heads", type=numbers, metavar="0,5", help="only these heads of each layer")
+    sub.add_argument("--max-tokens", type=positive, metavar="N", help="leave out the text after N tokens")
+    sub.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    add_files(sub)
+    sub.set_defaults(run=_analyze)
+
+
+def add_files(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--figures", type=Path, metavar="DIR", help="write figures into this folder")
+    sub.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    text = read(arguments.file) if arguments.text is None else arguments.text
+    if not text.strip():
+        raise CommandError(f"the text is empty: {arguments.file or '--text'}")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise CommandError("the text is not valid UTF-8")
+    check_plotting(arguments.figures or arguments.html)
+    loaded = load(arguments.model)
+    chosen = {"layers": arguments.layers, "heads": arguments.heads}
+    drawn = bool(arguments.figures or arguments.html)
+    title = arguments.file.name if arguments.file else "text"
+    section = score(loaded, title, text, drawn, arguments.max_tokens, **chosen)
+    files = {}
+    if arguments.figures:
+        files |= {arguments.figures / f"{drawing.name}.png": drawing.png() for drawing in section.drawings}
+    if arguments.html:
+        files[arguments.html] = to_html(loaded.name, [section]).encode()
+    write(files)
+    if arguments.json:
+        print(section.report.to_json())
+    else:
+        print_section(section, files)
+
+
+def score(
+    loaded: Loaded, title: str, text: str, drawn: bool, max_tokens: int | None, layers=None, heads=None
+) -> Section:
+    """Analyze one text, and draw its figures where they are wanted."""
+    inputs, tokens, left_out = encode(loaded, text, max_tokens)
+    progress = Progress(title)
+    try:
+        with redirect_stdout(sys.stderr):  # whatever a model prints is not the result
+            report = analyze(loaded.model, inputs, layers=layers, heads=heads, tokens=tokens, progress=progress)
+            if not drawn:
+                return Section(title, text, report, (), left_out)
+            from ..plot import draw_all, strongest_heads
+
+            needed = {report.layer_ids[-1], strongest_heads(report, 1)[0][0]}
+            drawings = draw_all(report, capture(loaded.model, inputs, needed))
+    except (ValueError, NotImplementedError) as error:
+        raise CommandError(one_line(error)) from error
+    finally:
+        progress.close()
+    return Section(title, text, report, drawings, left_out)
+
+
+def print_section(section: Section, files: dict[Path, bytes]) -> None:
+    rows = section.report.rows()
+    print(f"\n{section.title}: {len(section.report.tokens[0])} tokens")
+    used = columns_of(rows)
+    table = [[heading for _, heading, _ in used] + ["most received tokens"]]
+    table += [[cell(row, name) for name, _, _ in used] + [received_text(row)] for row in rows]
+    widths = [max(len(line[n]) for line in table) for n in range(len(used))]
+    for *scores, tokens in table:
+        print("  ".join(text.rjust(width) for text, width in zip(scores, widths, strict=True)), "", tokens)
+    print("Each z is against the exact permutation null; “no sink” masks each row's first token.")
+    if any(row["causal"] for row in rows):
+        print(CAUSAL_NOTE)
+    print_files(files)
