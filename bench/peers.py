@@ -305,3 +305,25 @@ def fisherz(R: Tensor, i: Tensor, j: Tensor, given: Tensor) -> np.ndarray:
     test = CIT(surrogate_data(R, 100).numpy(), "fisherz")
     p = np.array([test(x, y, S) for x, y, S in zip(i.tolist(), j.tolist(), given.tolist(), strict=True)])
     return np.tanh(erfcinv(p) * math.sqrt(2 / (100 - given.shape[1] - 3)))
+
+
+def causality_lab_icd(R: Tensor) -> np.ndarray:
+    """causality-lab's search with its own tests, of data with these correlations."""
+    from causal_discovery_algs.icd import LearnStructICD
+    from causal_discovery_utils.cond_indep_tests import CondIndepParCorr
+
+    from causalattn.discovery import surrogate_data
+
+    test = CondIndepParCorr(dataset=surrogate_data(R, 768).numpy(), threshold=0.01)
+    search = LearnStructICD(set(range(len(R))), test)
+    search.learn_structure()
+    return search.graph.get_adj_mat()
+
+
+def fci(R: Tensor) -> object:
+    """causal-learn's search with its own tests, of data with these correlations."""
+    from causallearn.search.ConstraintBased.FCI import fci
+
+    from causalattn.discovery import surrogate_data
+
+    return fci(surrogate_data(R, 768).numpy(), "fisherz", 0.01, show_progress=False)[0]

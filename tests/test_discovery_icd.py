@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from correlations import attention, correlation, tensor
+from exact_search import exact, found_by
 from graphs import causal_order, permuted, random_dag
 from helpers import SEEDS
 from hypothesis import given
@@ -13,67 +14,13 @@ from hypothesis import strategies as st
 
 import causalattn as ca
 from causalattn.discovery import Background, discover
-from causalattn.discovery.background import start_of
-from causalattn.discovery.icd import icd
 from causalattn.discovery.marks import Marks, tokens_of
 from causalattn.discovery.rules import orient_heads, orient_tails
 from causalattn.discovery.trees import Tree, members_of, possible_ancestors
-from causalattn.partial_corr.level_tests import LevelTests
 from causalattn.reference import discovery as reference
 from causalattn.reference import partial_corr
 
 CUT = 0.2
-
-
-def by_levels(independent):
-    """A test of single pairs, (whether, size) of i, j and a set, as one of levels."""
-
-    def test(adjacency, order, candidates):
-        T = len(adjacency)
-        least, given = {}, np.full((T, T, order), -1)
-        r, separated = np.full((T, T), np.nan), np.zeros((T, T), bool)
-        for i, j, S in asked(adjacency.numpy(), order, candidates):
-            yes, size = independent(i, j, S)
-            least[i, j] = min(least.get((i, j), (True, np.inf, ())), (not yes, size, S))
-        for (i, j), (no, size, S) in least.items():
-            r[i, j] = r[j, i] = size
-            given[i, j] = given[j, i] = S
-            separated[i, j] = separated[j, i] = not no
-        arrays = (r, given, separated, np.array(len(least)), np.array(0))
-        return LevelTests(*map(torch.from_numpy, arrays))
-
-    return test
-
-
-def asked(adjacency, order, candidates):
-    if candidates is not None:
-        for node, S in zip(candidates.node.tolist(), candidates.given.tolist(), strict=True):
-            for j in np.flatnonzero(candidates.others[node].numpy()).tolist():
-                ancestors = candidates.ancestors
-                if j not in S and (ancestors is None or all(ancestors[z, node] or ancestors[z, j] for z in S)):
-                    yield min(node, j), max(node, j), tuple(S)
-        return
-    for i, j in zip(*np.triu(adjacency).nonzero(), strict=True):
-        near = (adjacency[i] | adjacency[j]).nonzero()[0].tolist()
-        for S in [()] if order == 0 else [(k,) for k in near if k not in (i, j)]:
-            yield int(i), int(j), S
-
-
-def exact(dag, observed, selected):
-    """The tests that d-separation answers, each once."""
-    answers, ask = {}, reference.oracle(dag, observed, selected)
-
-    def independent(i, j, S):
-        if (i, j, S) not in answers:
-            answers[i, j, S] = bool(ask(i, j, S))
-        return answers[i, j, S], 0.0
-
-    return independent
-
-
-def found_by(independent, T, **options):
-    *_, last = icd(by_levels(independent), start_of(T, Background(), options.get("order"))[0], **options)
-    return last
 
 
 @pytest.mark.parametrize("selected", [0.0, 0.2])
