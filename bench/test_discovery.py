@@ -1,4 +1,4 @@
-"""Searches of 20 to 512 tokens: of random attention, and of a head of MiniLM on a page of prose where it is installed."""
+"""Searches of 20 to 512 tokens: of random attention, and of a head of MiniLM on prose where it is installed."""
 
 import functools
 import importlib.util
