@@ -174,9 +174,14 @@ def text_correlations(
     empty = int((call.intervals.start >= call.intervals.stop).sum())
     if empty:
         raise ValueError(f"inputs must have no padding, got {empty} tokens that attend nothing")
-    ordered = bool((call.intervals.stop[0].cpu() <= torch.arange(1, T + 1)).all())
     R = attention_correlation(call.q, call.k, tokens=torch.tensor([*chosen]), **call.options())[0].cpu()
-    return TextCorrelations(token_names([tokens[t] for t in chosen]), layer, ordered, call, R)
+    return TextCorrelations(token_names([tokens[t] for t in chosen]), layer, in_order(call), call, R)
+
+
+def in_order(call: AttentionCall) -> bool:
+    """Whether no token of a text may attend a later one."""
+    stop = call.intervals.stop[0]
+    return bool((stop <= torch.arange(1, len(stop) + 1, device=stop.device)).all())
 
 
 def edge_count(found: Discovery) -> int:

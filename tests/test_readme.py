@@ -25,6 +25,7 @@ MODULES = [
     "nulls",
     "dense",
     "analysis",
+    "text_explanation",
     "experiments.ablation",
     "experiments.counterfactual",
     "experiments.edge_patching",
