@@ -166,10 +166,10 @@ def explain_text(
     _check_inputs(inputs, tokens)
     with using(model), torch.no_grad():
         question = _question(model, inputs, tokens, target, replacement if mask is None else mask, abduct)
-        name, target = _namer(model, inputs, tokens, tokenizer, question.classes), question.target
-        if not question.classes and target < len(tokens) and tokens[target] in special:
-            if int(inputs["input_ids"][0, target]) != mask:
-                raise ValueError(f"target must not be a special token, got {tokens[target]!r} at {target}")
+        name = _namer(model, inputs, tokens, tokenizer, question.classes)
+        if not question.classes:
+            _check_ordinary(target, tokens, special, inputs["input_ids"][0].tolist(), mask)
+        target = question.target
         words = _words(question.read["input_ids"][0].tolist(), inputs["input_ids"][0].tolist(), tokens, name)
         chosen = [t for t, word in enumerate(words) if t == target or word not in special]
         maps = text_correlations(model, question.read, words, chosen, layer)
@@ -312,3 +312,9 @@ def _check_inputs(inputs: Mapping[str, Tensor], tokens: Sequence[str]) -> None:
 def _check_target(target: int, first: int, last: int) -> None:
     if not first <= target <= last:
         raise ValueError(f"target must lie in {first}…{last}, got {target}")
+
+
+def _check_ordinary(target: int | None, tokens: Sequence[str], special: set[str], ids: list[int], mask: int | None):
+    """Of a language model: special tokens are not predicted, though a mask stands for one that is."""
+    if target is not None and target < len(tokens) and tokens[target] in special and ids[target] != mask:
+        raise ValueError(f"target must not be a special token, got {tokens[target]!r} at {target}")
