@@ -21,7 +21,7 @@ TASKS = {"sentiment": classifier, "next token": next_token, "recommendation": re
 SEEDS = {"sentiment": (0,), "next token": (0, 1), "recommendation": (0, 1)}
 CUTS = (0.05, 0.1, 0.2, 0.3, 0.5)
 # validation and test cases a model
-CASES, FEW = (16, 40), (1, 2)
+CASES, FEW = (16, 40), (1, 1)
 LARGEST = 3
 # of the exhaustive search's hits on validation, so many must be CLEANN's at its cut
 ENOUGH = 0.9
@@ -64,9 +64,9 @@ Null graphs are of random logits with the entropies of each head's rows, at CLEA
 one token, then of two and of three, those of a size by the sum of a score (attention of the target's row, mean over
 heads; ‖gradient × embedding‖; chance) and stops at the first hit, so its sets are of least size. "Top-k" takes the k
 tokens of highest score for k = 1, 2, … to all of them. Tests to the first are those up to the first hit, or all where
-there is none; in all, those that the method makes (CLEANN tests all sets of the size of its first hit). Causes: of a
-review the words that decide (of a neutral one its adjectives), of an answer the values that it shows, of an item those
-of its group and those that lead to it; the column counts explanations that hold nothing else."""
+there is none; in all, those that the method makes (CLEANN tests all sets of the size of its first hit); found in
+CLEANN's tests, by the time that as many were made as CLEANN makes of that input in all. Causes: of a review the words that decide (of a neutral one its adjectives), of an answer the values that the context shows, of an item
+those of its group and those that lead to it; the column counts explanations that hold nothing else."""
 
 
 class Found(NamedTuple):
