@@ -65,8 +65,9 @@ one token, then of two and of three, those of a size by the sum of a score (atte
 heads; ‖gradient × embedding‖; chance) and stops at the first hit, so its sets are of least size. "Top-k" takes the k
 tokens of highest score for k = 1, 2, … to all of them. Tests to the first are those up to the first hit, or all where
 there is none; in all, those that the method makes (CLEANN tests all sets of the size of its first hit); found in
-CLEANN's tests, by the time that as many were made as CLEANN makes of that input in all. Causes: of a review the words that decide (of a neutral one its adjectives), of an answer the values that the context shows, of an item
-those of its group and those that lead to it; the column counts explanations that hold nothing else."""
+CLEANN's tests, by the time that as many were made as CLEANN makes of that input in all. Causes: of a review the words
+that decide (of a neutral one its adjectives), of an answer the values that the context shows, of an item those of its
+group and those that lead to it; the column counts explanations that hold nothing else."""
 
 
 class Found(NamedTuple):
