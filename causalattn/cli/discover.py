@@ -1,12 +1,15 @@
-"""causalattn discover: the graphs of a layer's heads beside their nulls."""
+"""causalattn discover: the graphs of a layer's heads beside their nulls, and what a prediction hangs on."""
 
 import argparse
+import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from ..console import CommandError, Progress, write
+from ..console import CommandError, Progress, one_line, write
 from .arguments import numbers, positive
-from .model import add_text, text_of
+from .model import Loaded, add_text, text_of
 from .output import print_measured
 
 # where the graphs so far go when a run is interrupted that has no --save
@@ -25,6 +28,10 @@ def add(commands) -> None:
     graph.add_argument("--null", choices=nulls, default=nulls[0], help="what to beat (default: random_logits)")
     graph.add_argument("--draws", type=positive, default=20, metavar="N", help="of the null (default: 20)")
     graph.add_argument("--sweep", type=positive, metavar="N", help="also: which edges stand at N cuts, half to twice")
+    graph.add_argument(
+        "--explain", metavar="TOKEN", help="also: the tokens that its prediction hangs on; next: that of what follows"
+        " the text, or of its class",
+    )  # fmt: skip
     graph.add_argument("--figure", type=Path, metavar="FILE", help="draw the head furthest from its null into this PNG")
     graph.add_argument("--save", type=Path, metavar="FILE", help="keep the graphs so far there, after every level")
     add_text(graph)
@@ -34,21 +41,46 @@ def add(commands) -> None:
 def _discover(arguments: argparse.Namespace) -> None:
     from ..text_discovery import discover_text, draw, table
 
-    loaded, inputs, tokens = text_of(arguments)
-    knobs = {"cut": arguments.cut, "n": arguments.n, "alpha": arguments.alpha}
-    if arguments.cut is None:
-        knobs["n"] = loaded.model.config.hidden_size if arguments.n is None else arguments.n
-        knobs["alpha"] = 0.01 if arguments.alpha is None else arguments.alpha
-    options = {name: getattr(arguments, name) for name in ("layer", "heads", "max_order", "null", "draws")}
+    loaded, inputs, tokens = text_of(arguments, head=arguments.explain is not None)
+    search = _search(arguments, loaded)
     kept = Kept(arguments.save)
     measure = partial(
-        discover_text, loaded.model, inputs, tokens, special=loaded.tokenizer.all_special_tokens,
-        sweep=arguments.sweep or 0, on_level=kept, **knobs, **options,
+        discover_text, loaded.model, inputs, tokens, special=loaded.tokenizer.all_special_tokens, null=arguments.null,
+        draws=arguments.draws, sweep=arguments.sweep or 0, on_level=kept, **search,
     )  # fmt: skip
+    if arguments.explain is not None:
+        target = _target(arguments.explain, tokens)
+        options = {"target": target, "tokenizer": loaded.tokenizer, **search}
+        measure = partial(_explain, measure, loaded, inputs, tokens, options)
     try:
-        print_measured(arguments, measure, Progress("discover", "searches"), table, draw, finished=kept)
+        print_measured(
+            arguments, measure, Progress("discover", "searches"), Explained.table if arguments.explain else table,
+            Explained.draw if arguments.explain else draw, finished=kept,
+        )  # fmt: skip
     except KeyboardInterrupt:
         raise CommandError(f"interrupted: {kept.leave()}") from None
+
+
+class Explained(NamedTuple):
+    """The graphs of a text, and the explanation of a prediction by them."""
+
+    graphs: NamedTuple
+    explanation: NamedTuple
+
+    def to_json(self) -> str:
+        whole = json.loads(self.graphs.to_json()) | {"explanation": json.loads(self.explanation.to_json())}
+        return json.dumps(whole, ensure_ascii=False)
+
+    def table(self) -> list[str]:
+        from ..text_discovery import table as graphs
+        from ..text_explanation import table as explanation
+
+        return [*graphs(self.graphs), "", *explanation(self.explanation)]
+
+    def draw(self):
+        from ..text_discovery import draw
+
+        return draw(self.graphs)
 
 
 class Kept:
@@ -69,3 +101,33 @@ class Kept:
             self.path = LEFT
             self(self.result)
         return f"the graphs up to the last finished level are in {self.path}"
+
+
+def _search(arguments: argparse.Namespace, loaded: Loaded) -> dict:
+    """The options of a search: with neither a cut nor a sample size, the hidden size as published."""
+    search = {name: getattr(arguments, name) for name in ("layer", "heads", "cut", "n", "alpha", "max_order")}
+    if arguments.cut is None:
+        search["n"] = loaded.model.config.hidden_size if arguments.n is None else arguments.n
+        search["alpha"] = 0.01 if arguments.alpha is None else arguments.alpha
+    return search
+
+
+def _explain(measure: Callable, loaded: Loaded, inputs: dict, tokens: list[str], options: dict, progress) -> Explained:
+    from ..text_explanation import explain_text
+
+    return Explained(measure(progress=progress), explain_text(loaded.model, inputs, tokens, **options))
+
+
+def _target(token: str, tokens: list[str]) -> int | None:
+    """The position of a token named by its text, or None for what follows."""
+    from ..interventions.address import locate
+
+    if token == "next":
+        return None
+    try:
+        places = locate(token, tokens)
+    except ValueError as error:
+        raise CommandError(f"--explain: {one_line(error)}") from error
+    if isinstance(places, str) or len(places) != 1:
+        raise CommandError(f"--explain takes one token, got {token!r}")
+    return places[0]

@@ -24,8 +24,8 @@ class Loaded(NamedTuple):
     tokenizer: object
 
 
-def load(name: str) -> Loaded:
-    """A model from a folder, or by name where the hub or its cache can be reached."""
+def load(name: str, head: bool = False) -> Loaded:
+    """A model from a folder, or by name where the hub or its cache can be reached; head: with what predicts."""
     if importlib.util.find_spec("transformers") is None:
         raise CommandError("transformers is not installed: pip install 'causalattn[transformers]'")
     from transformers import AutoModel, AutoTokenizer
@@ -41,15 +41,28 @@ def load(name: str) -> Loaded:
     try:
         with redirect_stdout(sys.stderr):
             tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name, **options)
-            model = AutoModel.from_pretrained(str(folder) if folder.exists() else name, **options)
+            kind = _with_head(name, str(folder) if folder.exists() else name, options) if head else AutoModel
+            model = kind.from_pretrained(str(folder) if folder.exists() else name, **options)
+    except CommandError:
+        raise
     except Exception as error:  # transformers, its hub client and its readers of weights raise what they like
         raise CommandError(f"model {name!r} could not be loaded: {one_line(error)}") from error
     return Loaded(folder.resolve().name if folder.exists() else name, model.eval(), tokenizer)
 
 
-def load_chosen(name: str | None) -> Loaded:
+def _with_head(name: str, where: str, options: dict) -> type:
+    """The class that the model was saved as."""
+    import transformers
+
+    (kind,) = transformers.AutoConfig.from_pretrained(where, **options).architectures or [None]
+    if kind is None or not ("For" in kind or kind.endswith("LMHeadModel")):
+        raise CommandError(f"model {name!r} predicts nothing: it was saved as {kind}, without a head")
+    return getattr(transformers, kind)
+
+
+def load_chosen(name: str | None, head: bool = False) -> Loaded:
     """The model of that name, or the demo's."""
-    return load(name) if name else load(_demo_model())._replace(name=DEMO_NAME)
+    return load(name, head) if name else load(_demo_model(), head)._replace(name=DEMO_NAME)
 
 
 def _demo_model() -> str:
@@ -83,9 +96,9 @@ def add_text(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print JSON in place of the table")
 
 
-def text_of(arguments: argparse.Namespace) -> tuple[Loaded, dict, list[str]]:
+def text_of(arguments: argparse.Namespace, head: bool = False) -> tuple[Loaded, dict, list[str]]:
     if not arguments.text.strip():
         raise CommandError("the text is empty: --text")
     check_plotting(getattr(arguments, "figure", None))
-    loaded = load_chosen(arguments.model)
+    loaded = load_chosen(arguments.model, head)
     return loaded, *encode(loaded, arguments.text, None)[:2]
