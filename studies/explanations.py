@@ -52,14 +52,16 @@ Three models made by the study. Sentiment: MiniLM, its last layer trained on {WR
 GPT-2 of 2 layers and 4 heads, trained on texts whose answer one value decides, or two, or either of two that are the
 same. Recommendation: the same architecture on histories of items, half of which an earlier item leads to; its accuracy
 is how often the next item is among its first 5. All were trained on masked inputs too (of reviews
-only words that do not decide were masked), and a set is tested by masking it. Each model explains {CASES[1]} test inputs; mean ± standard error is over inputs, of 2 models in the GPT-2 tasks and
+only words that do not decide were masked), and a set is tested by masking it.
+Each model explains {CASES[1]} test inputs; mean ± standard error is over inputs, of 2 models in the GPT-2 tasks and
 of 1 for sentiment, so differences between trainings are hardly in it.
 
 CLEANN pools the graphs of all heads of the last layer (independent where |r| is below the cut; order of the text where
 attention is causal) and looks for sets of at most {LARGEST}, here its nearest one. The attention is read with the
 predicted token in place at the end, or, "predicting row", of the token whose state predicts it, which then is in no
 set; of a classifier it is that of [CLS]. The cut is chosen of {", ".join(map(str, CUTS))} on {CASES[0]} validation
-inputs a model: the one that takes fewest tests among those that find {ENOUGH} of what the exhaustive search finds, or the most.
+inputs a model: the one that takes fewest tests among those that find {ENOUGH} of what the exhaustive search finds,
+or the most.
 Null graphs are of random logits with the entropies of each head's rows, at CLEANN's cut. "All sets" tests every set of
 one token, then of two and of three, those of a size by the sum of a score (attention of the target's row, mean over
 heads; ‖gradient × embedding‖; chance) and stops at the first hit, so its sets are of least size. "Top-k" takes the k
