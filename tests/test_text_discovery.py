@@ -9,13 +9,14 @@ import pytest
 import torch
 from test_cli import SENTENCE, refused
 from tiny_checkpoint import save_checkpoint
-from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2Model
 
 import causalattn as ca
 from causalattn import cli
 from causalattn.discovery import discover
 from causalattn.partial_corr import level_tests
 from causalattn.text_discovery import discover_text, draw, table
+from causalattn.text_explanation import explain_text
 
 # the module: its name in the package is the function's
 SEARCH = sys.modules["causalattn.discovery.discover"]
@@ -139,6 +140,36 @@ def test_every_level_is_told_before_the_nulls(loaded):
     assert told[-1].heads[-1].found.pag == result.heads[-1].found.pag
 
 
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tinygpt2"
+    return str(save_checkpoint(folder, "gpt2", head=True))
+
+
+@pytest.mark.parametrize("token", ["storm", "next"])
+def test_a_prediction_is_explained(gpt2, tmp_path, capsys, token):
+    command = ["discover", "--model", gpt2, "--text", SENTENCE, "--cut", "0.3", "--draws", "1", "--explain", token]
+    # a vocabulary without a mask token: what replaces must be there
+    save_with_padding(gpt2)
+    assert cli.main([*command, "--figure", str(tmp_path / "graph.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("wrote") and "sets tested in" in lines[-2]
+    assert cli.main([*command, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    tokenizer = AutoTokenizer.from_pretrained(gpt2)
+    model = AutoModelForCausalLM.from_pretrained(gpt2).eval()
+    inputs = dict(tokenizer(SENTENCE, return_tensors="pt"))
+    target = None if token == "next" else 2
+    expected = explain_text(model, inputs, SENTENCE.split(), target=target, tokenizer=tokenizer, cut=0.3)
+    assert whole["explanation"] == json.loads(expected.to_json()) and len(whole["heads"]) == 2
+
+
+def save_with_padding(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = "<b>"
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("saved", [True, False])
 def test_an_interrupted_run_leaves_its_last_level(bert, tmp_path, capsys, monkeypatch, saved):
     monkeypatch.chdir(tmp_path)
@@ -193,6 +224,7 @@ def test_the_command(bert, tmp_path, capsys):
         (["--layer", "7"], "7"),
         (["--text", "storm"], "a graph needs at least 2 tokens"),
         (["--text", " "], "the text is empty: --text"),
+        (["--explain", "storm"], "predicts nothing: it was saved as BertModel, without a head"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(bert, capsys, arguments, message):
@@ -216,3 +248,19 @@ def test_bad_input(loaded):
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             discover_text(model, given, words, cut=0.2, **options)
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("lamp", "--explain: 'lamp' is not among the tokens"),
+        ("the", "--explain: 'the' occurs 2 times among the tokens"),
+        ("the storm", "--explain takes one token, got 'the storm'"),
+        ("[2]", "--explain takes one token, got '[2]'"),
+        ("Because", "target must lie in 1"),
+    ],
+)
+def test_a_token_that_cannot_be_explained_is_named(gpt2, capsys, token, message):
+    save_with_padding(gpt2)
+    command = ["discover", "--model", gpt2, "--text", SENTENCE, "--draws", "1", "--max-order", "0"]
+    assert message in refused(capsys, *command, "--explain", token)

@@ -10,9 +10,13 @@ WORDS = "Because the storm intensified , ship finally sank . <b> $x$ & harbour l
 
 
 def save_checkpoint(
-    folder: Path, family: str = "bert", *, positions: int = 64, layers: int = 2, heads: int = 2
-) -> Path:
-    """Save the model and its tokenizer into folder; weights are large, so that attention is far from uniform."""
+    folder: Path, family: str = "bert", *, positions: int = 64, layers: int = 2, heads: int = 2,
+    head: bool = False,
+) -> Path:  # fmt: skip
+    """Save the model and its tokenizer into folder; weights are large, so that attention is far from uniform.
+
+    head: the one that predicts tokens too.
+    """
     words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(["<unk>", *WORDS])}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
@@ -21,7 +25,7 @@ def save_checkpoint(
     if family == "gpt2":
         sizes = {"n_embd": 8 * heads, "n_layer": layers, "n_head": heads, "n_positions": positions}
         config = transformers.GPT2Config(vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, **sizes)
-        model = transformers.GPT2Model(config)
+        model = (transformers.GPT2LMHeadModel if head else transformers.GPT2Model)(config)
     elif family == "bloom":
         sizes = {"hidden_size": 8 * heads, "n_layer": layers, "n_head": heads}
         model = transformers.BloomModel(transformers.BloomConfig(vocab_size=vocabulary, **sizes))
