@@ -53,6 +53,8 @@ from .partial_corr import (
 )
 from .selective_scan import ScanOutput, selective_scan
 from .statistics import Asymmetry, AttentionStats, asymmetry, attention_stats, dag_score, score_asymmetry
+from .text_discovery import TextDiscovery, discover_text
+from .text_explanation import TextExplanation, explain_text
 
 __version__ = "0.1.0"
 __all__ = [
@@ -82,6 +84,8 @@ __all__ = [
     "Retrieval",
     "ScanOutput",
     "Status",
+    "TextDiscovery",
+    "TextExplanation",
     "TopK",
     "analyze",
     "asymmetry",
@@ -101,10 +105,12 @@ __all__ = [
     "critical_correlation",
     "dag_score",
     "dense",
+    "discover_text",
     "discovery",
     "do",
     "edge_effects",
     "experiments",
+    "explain_text",
     "feature_maps",
     "fisher_z",
     "full",

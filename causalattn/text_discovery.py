@@ -131,6 +131,16 @@ def discover_text(
         ValueError: several sequences, padding, tokens that are not one a position, fewer than two that are not special,
             a layer or head that the model lacks, an unknown null, draws < 1, sweep < 0, or what `discover` refuses.
         TypeError, NotImplementedError: as `analyze`.
+
+    Source: Rohekar et al. 2023 (arXiv:2310.20307), whose cut is that of n = the hidden size at α = 0.01.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> small = BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8)
+        >>> inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+        >>> result = discover_text(BertModel(small).eval(), inputs, ["storm", "ship", "sank"], cut=0.1, draws=2)
+        >>> [len(head.null_edges) for head in result.heads]
+        [2, 2]
     """
     if null not in TEXT_NULLS:
         raise ValueError(f"null must be one of {', '.join(TEXT_NULLS)}, got {null!r}")
