@@ -67,13 +67,24 @@ def markdown(table: Table) -> str:
     return "\n".join([f"**{table.title}**", "", *(f"| {line} |" for line in lines)])
 
 
+def pick(rows: Sequence[dict], **wanted) -> list[dict]:
+    """The rows that hold these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def mean_error(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and its standard error, of the numbers that are not NaN; NaN of too few."""
+    known = np.array([value for value in values if not math.isnan(value)], float)
+    error = known.std(ddof=1) / math.sqrt(known.size) if known.size > 1 else math.nan
+    return (known.mean() if known.size else math.nan), error
+
+
 def spread(values: Iterable[float]) -> str:
     """Mean ± standard error of the numbers that are not NaN."""
-    known = np.array([value for value in values if not math.isnan(value)], float)
-    if not known.size:
+    mean, error = mean_error(values)
+    if math.isnan(mean):
         return "–"
-    error = f" ± {known.std(ddof=1) / math.sqrt(known.size):.2f}" if known.size > 1 else ""
-    return f"{known.mean():.2f}{error}"
+    return f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
 
 
 def _page(study: Study, tables: list[Table], caption: str, seconds: float) -> str:
