@@ -217,14 +217,14 @@ def draw(rows: list[dict]) -> Drawing:
 STUDY = Study(
     "embeddings",
     "Are correlations of attention rows those of the embeddings?",
-    "Sentences of 10 to 29 tokens of the package's demo passage are read by all-MiniLM-L6-v2. Of each head of its last "
-    "layer, correlations R of A Aᵀ, not centred, are held beside cosines of the head's outputs Z = A V and of the "
-    "model's last hidden states, over the words ([CLS] and [SEP] are in no graph, their keys count). Beside the "
-    "model's maps stand maps of the same row entropies without structure (random logits, permuted rows) against the "
-    "same embeddings, random logits against the Z that they themselves make of the model's values, and a model of the "
-    "same configuration before training against its own embeddings. Tests are those of order 0 and 1 of every pair; a "
-    f"skeleton is what the search of sets up to {MAX_ORDER} leaves. Cuts are the two that published searches of "
-    "attention came to, 0.093 (n = 768, α = .01) and 0.376 (n = 128, α = 1e-5); “as many edges” takes for the "
+    "The 20 sentences of 10 to 29 tokens of the package's demo passage are read by all-MiniLM-L6-v2. Of each head of "
+    "its last layer, correlations R of A Aᵀ, not centred, are held beside cosines of the head's outputs Z = A V and "
+    "of the model's last hidden states, over the words ([CLS] and [SEP] are in no graph, their keys count). Beside "
+    "the model's maps stand maps of the same row entropies without structure (random logits, permuted rows) against "
+    "the same embeddings, random logits against the Z that they themselves make of the model's values, and a model "
+    "of the same configuration before training against its own embeddings. Tests are those of order 0 and 1 of every "
+    f"pair; a skeleton is what the search of sets up to {MAX_ORDER} leaves. Cuts are the two that published searches "
+    "of attention came to, 0.093 (n = 768, α = .01) and 0.376 (n = 128, α = 1e-5); “as many edges” takes for the "
     f"embedding that of {len(GRID)} cuts whose graph has the number of edges nearest to the map's at {CUT}. No cut, "
     "head or sentence was chosen by its result. Every number is a mean over sentences of means over heads, ± its "
     "standard error over sentences.",
