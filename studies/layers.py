@@ -231,6 +231,7 @@ def _chosen(rows: list[dict]) -> list[dict]:
     edges = [f"edge {cut}" for cut in PUBLISHED]
     offers = {
         "graph": ("model", edges), "its strength": ("model", ["strength"]), "R": ("model", ["R"]),
+        "graph, words' keys": ("model", OF_WORDS[:1]), "R, words' keys": ("model", OF_WORDS[1:]),
         "A + Aᵀ": ("model", ["A + Aᵀ"]), "graph of random logits": ("random logits", edges),
         "graph of permuted rows": ("permuted", edges), "graph before training, its effects": ("untrained", edges),
         "nearness": ("model", None),
@@ -314,11 +315,11 @@ STUDY = Study(
     "but for A, which has a direction. Numbers are Spearman's rank correlations over the pairs of a sentence, as "
     "they are, given the distance in tokens, and given besides a number of each token, by which some are changed, or "
     "change others, more than their like: what then is left is about pairs. To see what special tokens do, edges and "
-    "R are also formed of rows without their keys (words' keys). A constant counts as 0. Of a layer, the mean of its "
-    "heads' scores is taken; “with depth” is the rank correlation of a sentence's scores with the layers' numbers. "
-    "Last, head, layer and cut are chosen by rank correlation on a drawn half of the sentences and read on the "
-    "other, for null maps too. Means over sentences ± standard error. What a removal changes is the model's output, "
-    "no cause in the world.",
+    "R are also formed of rows without their keys (words' keys), without null maps of their own. A constant counts "
+    "as 0. Of a layer, the mean of its heads' scores is taken; “with depth” is the rank correlation of a sentence's "
+    "scores with the layers' numbers. Last, head, layer and cut are chosen by rank correlation on a drawn half of "
+    "the sentences and read on the other, for null maps too. Means over sentences ± standard error. What a removal "
+    "changes is the model's output, no cause in the world.",
     measure,
     tables,
     draw,
