@@ -15,7 +15,7 @@ from causalattn.discovery import discover
 
 SMALL, LARGE = 20, (64, 256, 512)
 KNOBS = {"n": 768, "alpha": 0.01}
-# the sizes from which a peer takes more than ten minutes
+# the sizes from which a peer takes more than three minutes
 TOO_LONG = {"causality-lab ICD": 64, "causal-learn fci": 64}
 PEERS = {"causality-lab ICD": peers.causality_lab_icd, "causal-learn fci": peers.fci}
 
@@ -43,7 +43,7 @@ def head(T):
 def test_every_order(measure, T, peer):
     R = random_attention(T)
     if T >= TOO_LONG.get(peer, T + 1):
-        unmeasured("discovery", peer, R, "more than ten minutes")
+        unmeasured("discovery", peer, R, "more than three minutes")
         return
     run = functools.partial(discover, **KNOBS) if peer == OURS else PEERS[peer]
 

@@ -34,7 +34,7 @@ class System(NamedTuple):
 def random_system(
     rng: np.random.Generator, T: int, *, degree: float = 2.5, hidden: bool = True, weak: bool = False
 ) -> System:
-    """T or more variables in a random order, about `degree` edges each, weights ±U(0.5, 2), weak ones ±U(0.1, 0.5).
+    """T variables in a random order, about `degree` edges each, weights ±U(0.5, 2), weak ones ±U(0.1, 0.5).
 
     Half of the variables that have two children or more and no parents are hidden, as in Rohekar et al. 2021.
     """

@@ -99,7 +99,6 @@ def to_causal_learn(pag: PAG) -> "GeneralGraph":
 
     Raises:
         ImportError: causal-learn is not installed.
-        ValueError: the name is that of another test.
 
     Example:
         >>> graph = to_causal_learn(PAG.from_edges([(0, 1, "o->")], ["storm", "sank"]))
