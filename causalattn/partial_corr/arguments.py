@@ -7,8 +7,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-# float64 products of rounded rows miss symmetry and the unit diagonal by a few roundings each
-SLACK = 64
+# sums over many rows miss symmetry and the unit diagonal by a rounding or so for every few terms
+SLACK = 1024
 MOST = 16
 
 Indices = Tensor | Sequence | int
@@ -40,7 +40,7 @@ def _check_values(R: Tensor) -> None:
     slack = SLACK * torch.finfo(R.dtype).eps
     apart = float((R - R.mT).abs().max())
     if not apart <= slack:
-        raise ValueError(f"R must be symmetric, got entries that differ by {apart:.3g} from their mirror's")
+        raise ValueError(f"R must be symmetric, got entries {apart:.3g} from their mirror's; (R + R.mT) / 2 is")
     diagonal = R.diagonal(dim1=-2, dim2=-1).flatten()
     off = (diagonal - 1).abs()
     if not float(off.max()) <= slack:
