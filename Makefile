@@ -8,7 +8,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 export RESULTS
 
-.PHONY: demo test test-all lint bench claims gpu sheet
+.PHONY: demo test test-all lint bench claims studies gpu sheet
 
 demo: .venv/.stamp
 	$(BIN)/causalattn demo --figures out/figures --html out/report.html
@@ -28,6 +28,9 @@ bench: .venv/.stamp
 
 claims: .venv/.stamp
 	$(BIN)/python -m pytest -q tests/test_claims.py --claims docs/claims.md
+
+studies: .venv/.stamp
+	for study in $$(grep -l '^STUDY = ' studies/*.py); do OMP_NUM_THREADS=1 $(BIN)/python $$study > /dev/null || exit 1; done
 
 sheet: .venv/.stamp
 	$(BIN)/python bench/kernel_sheet.py

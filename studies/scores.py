@@ -54,7 +54,7 @@ def score(found: PAG, truth: Truth) -> dict:
         "precision": true.precision,
         "recall": true.recall,
         "f1": true.f1,
-        "chance": chance(edges, truth.pag),
+        "chance": sure.chance,
         "arrow_precision": true.arrow_precision,
         "arrow_recall": sure.arrow_recall,
         "tail_precision": true.tail_precision,
@@ -63,15 +63,6 @@ def score(found: PAG, truth: Truth) -> dict:
         "arrows": (truth.mag.marks[truth.mag.skeleton] == Mark.ARROW).mean() if truth.mag.skeleton.any() else np.nan,
         "distance": sure.distance,
     }
-
-
-def chance(edges: int, truth: PAG) -> float:
-    """The mean F1 of all graphs of that many edges, and so of one whose tokens are named at random.
-
-    2 · edges · true / (pairs · (edges + true))
-    """
-    true = int(truth.skeleton.sum()) // 2
-    return 2 * edges * true / (math.comb(len(truth.names), 2) * (edges + true)) if edges + true else 1.0
 
 
 def blame(found: PAG, truth: Truth, R: np.ndarray, n: float, alpha: float) -> dict:

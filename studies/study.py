@@ -62,7 +62,7 @@ def run(study: Study, argv: Sequence[str] | None = None) -> None:
 def markdown(table: Table) -> str:
     """A table with its title above it."""
     heads = [*table.rows[0]]
-    lines = [" | ".join(heads), "|".join("---" for _ in heads)]
+    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
     lines += [" | ".join(_text(row[head]) for head in heads) for row in table.rows]
     return "\n".join([f"**{table.title}**", "", *(f"| {line} |" for line in lines)])
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -29,9 +30,9 @@ def test_by_hand():
     truth = PAG(graph("0 o-> 1, 2 --> 1, 2 --> 3, 3 <-> 4", 6))
     found = PAG(graph("0 o-> 1, 2 <-> 1, 2 o-o 3, 4 --> 5", 6))
     got = compare(found, truth)
-    assert got[:3] == (3 / 4, 3 / 4, 3 / 4)
+    assert got[:4] == (3 / 4, 3 / 4, 3 / 4, 4 / 15)
     # of the shared edges 0-1, 1-2, 2-3: arrows found at 1, 1, 2 and true at 1, 1, 3; a true tail at 2 twice
-    assert got[3:5] == (2 / 3, 2 / 3)
+    assert got[4:6] == (2 / 3, 2 / 3)
     assert math.isnan(got.tail_precision) and got.tail_recall == 0
     # 1-2 at 2, 2-3 at both ends, 3-4 and 4-5 whole
     assert got.distance == 7
@@ -40,8 +41,8 @@ def test_by_hand():
 @given(found=marks(5), truth=marks(5))
 def test_of_any_two(found, truth):
     there, back = compare(found, truth), compare(truth, found)
-    swapped = (back.recall, back.precision, back.f1, back.arrow_recall, back.arrow_precision)
-    np.testing.assert_equal(there[:5], swapped)
+    swapped = (back.recall, back.precision, back.f1, back.chance, back.arrow_recall, back.arrow_precision)
+    np.testing.assert_equal(there[:6], swapped)
     assert there.distance == back.distance and (there.distance == 0) == (found == truth)
     both = there.precision + there.recall
     if both > 0:
@@ -50,9 +51,16 @@ def test_of_any_two(found, truth):
     np.testing.assert_equal(compare(found.permuted(order), truth.permuted(order)), there)
 
 
+def test_chance_is_the_mean_over_all_namings():
+    truth, found = PAG(graph("0 --> 1, 1 --> 2, 3 <-> 4")), PAG(graph("0 o-o 4, 1 o-o 2", 5))
+    f1 = [compare(PAG(found.permuted(order).marks), truth).f1 for order in permutations(range(5))]
+    assert compare(found, truth).chance == pytest.approx(np.mean(f1), rel=1e-12)
+    assert compare(PAG(np.zeros((5, 5), int)), truth).chance == 0
+
+
 def test_graphs_without_edges_agree():
     got = compare(PAG(np.zeros((3, 3), int)), PAG(np.zeros((3, 3), int)))
-    assert got.f1 == 1 and got.distance == 0 and math.isnan(got.precision)
+    assert got.f1 == got.chance == 1 and got.distance == 0 and math.isnan(got.precision)
 
 
 def test_bad_input_is_named():
