@@ -3,7 +3,6 @@
 import argparse
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -44,17 +43,15 @@ def run(study: Study, argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a few draws, to see that it runs")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write there (default: docs/studies, quick: nowhere)")
     arguments = parser.parse_args(argv)
-    began = time.perf_counter()
     progress = Progress(study.name, "runs")
     measured = study.measure(arguments.quick, progress)
     progress.close()
-    seconds = time.perf_counter() - began
     tables = study.tables(measured)
     print("\n\n".join(markdown(table) for table in tables))
     out = arguments.out or (None if arguments.quick else DOCS)
     if out is not None:
         drawing = study.draw(measured)
-        page = _page(study, tables, drawing.caption, seconds)
+        page = _page(study, tables, drawing.caption)
         write({out / f"{study.name}.md": page.encode(), out / f"{study.name}.png": drawing.png()})
         print(f"wrote {out / study.name}.md and .png", file=sys.stderr)
 
@@ -87,14 +84,10 @@ def spread(values: Iterable[float]) -> str:
     return f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
 
 
-def _page(study: Study, tables: list[Table], caption: str, seconds: float) -> str:
-    made = f"Made by `python studies/{study.name}.py` in {_duration(seconds)} on two cores."
+def _page(study: Study, tables: list[Table], caption: str) -> str:
+    made = f"Made by `python studies/{study.name}.py`."
     body = "\n\n".join(markdown(table) for table in tables)
     return f"# {study.question}\n\n{study.method}\n\n{body}\n\n![{caption}]({study.name}.png)\n\n{caption}\n\n{made}\n"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _text(value: object) -> str:

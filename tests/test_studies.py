@@ -25,7 +25,7 @@ def test_a_page_is_what_its_script_writes(name):
     page = (ROOT / "docs" / "studies" / f"{name}.md").read_text(encoding="utf-8")
     assert STUDY.name == name
     assert page.startswith(f"# {STUDY.question}\n\n{STUDY.method}\n\n**")
-    assert re.search(rf"\nMade by `python studies/{name}.py` in \d+ (s|min) on two cores\.\n$", page)
+    assert page.endswith(f"\n\nMade by `python studies/{name}.py`.\n")
     # a row of every table has as many cells as its head
     for block in re.findall(r"(?:^\|.*\|\n)+", page, re.M):
         cells = {line.count(" | ") for line in block.splitlines()}
