@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from minilm import Encoder, Sentence, attention, correlations, hidden, last_call, sentences, trained, untrained
+from minilm import Encoder, Sentence, attention, correlations, hidden, last_call, over_sentences
 from skeletons import MAX_ORDER, PUBLISHED, above, chance_f1, f1, skeleton
 from study import Study, Table, run, spread
 from torch import Tensor
@@ -26,7 +26,6 @@ GRID = (0.03, 0.06, *PUBLISHED, 0.14, 0.2, 0.27, 0.5, 0.65)
 EMBEDDINGS = ("Z", "hidden")
 OWN = "random logits, its own Z"
 MAPS = {"model": BLUE, "random logits": ORANGE, "permuted": "#E69F00", OWN: "#CC79A7", "untrained": GREY}
-UNTRAINED_SEED = 0
 
 
 class Graphs:
@@ -59,17 +58,7 @@ class Embedding(NamedTuple):
 
 def measure(quick: bool, progress: Callable[[int, int], None]) -> list[dict]:
     """One row a sentence, head, map and embedding."""
-    encoder = trained()
-    bare = untrained(encoder, UNTRAINED_SEED)
-    texts = sentences(encoder)[: 2 if quick else None]
-    heads = range(2) if quick else range(encoder.model.config.num_attention_heads)
-    rows = []
-    for number, text in enumerate(texts):
-        generator = torch.Generator().manual_seed(number)
-        found = [*_of_model("model", encoder, text, heads, generator), *_of_model("untrained", bare, text, heads)]
-        rows += [{"sentence": number} | row for row in found]
-        progress(number + 1, len(texts))
-    return rows
+    return over_sentences(quick, progress, _of_model)
 
 
 def _of_model(

