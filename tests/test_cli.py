@@ -188,12 +188,16 @@ def test_a_folder_where_the_page_should_go_is_refused(bert, tmp_path, capsys):
     assert message == f"a folder is in the way: {tmp_path / 'page.html'}"
 
 
-def test_a_reader_that_leaves_early_is_no_error(bert):
+def test_a_reader_that_leaves_early_is_no_error(bert, tmp_path):
     place = {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "causalattn", "analyze", "--model", bert, "--text", SENTENCE]
-    process = subprocess.Popen(command, env=os.environ | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert process.wait() == 0 and process.stderr.read() == b""
+    figure = tmp_path / "graph.png"
+    for arguments in (["analyze"], ["discover", "--draws", "1", "--max-order", "0", "--figure", str(figure)]):
+        command = [sys.executable, "-m", "causalattn", *arguments, "--model", bert, "--text", SENTENCE]
+        process = subprocess.Popen(command, env=os.environ | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert process.wait() == 0 and process.stderr.read() == b""
+    # and what was asked for is there
+    assert figure.stat().st_size > 5000
 
 
 def test_the_demo_leaves_its_figures_its_page_and_two_tables(demo):

@@ -25,9 +25,10 @@ def print_measured(
     finally:
         progress.close()
     finished(result)
-    print(result.to_json() if arguments.json else "\n".join(table(result)))
     if figure:
         write({figure: draw(result).png()})
+    print(result.to_json() if arguments.json else "\n".join(table(result)))
+    if figure:
         print(f"wrote {figure}", file=sys.stderr if arguments.json else sys.stdout)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # inches: half a token's width, the length of an arrow head and half its width, a circle's radius
 TOKEN, HEAD, HALF, RING = 0.045, 0.12, 0.05, 0.044
 # inches of height
-TITLE, LEGEND = 0.42, 0.5
+TITLE, LEGEND = 0.42, 0.64
 STUB = TOKEN + HEAD + 0.03
 LONGEST = 24
 # points, and the share of its colour that is left of what is not highlighted
@@ -79,8 +79,8 @@ def draw_pag(
         _draw_token(ax, a, bar, name, labels[a], scale, bold=a in chosen, faint=bool(chosen) and a not in chosen)
     _legend(ax, pag, scale)
     caption = (
-        f"{count} edges among {len(labels)} tokens: an arrow head at b, b is no cause of a; no mark at a, a is a cause "
-        "of b, or of what was selected on; a circle, the tests leave it open."
+        f"{count} edges among {len(labels)} tokens; if every test is right: an arrow head at b, b is no cause of a; no "
+        "mark at a, a is a cause of b, or of what was selected on; a circle, the tests leave it open."
     )
     return Drawing("pag", ax.figure, caption + ("" if strengths is None else " Wider edges are stronger."))
 
@@ -226,4 +226,9 @@ def _legend(ax: "Axes", pag: PAG, scale: float) -> None:
         Line2D([], [], color=colour, linewidth=2, label=text) for colour, text in COLOURS.values() if colour in used
     ]
     if handles:
-        ax.legend(handles=handles, loc="lower center", ncols=2, fontsize=8 * scale, frameon=False, borderaxespad=0.3)
+        size = 8 * scale
+        # what a mark says holds of the graph, and the graph hangs on its tests
+        ax.legend(
+            handles=handles, loc="lower center", ncols=2, fontsize=size, frameon=False, borderaxespad=0.3,
+            title="if every test is right:", title_fontsize=size,
+        )  # fmt: skip
