@@ -1,9 +1,11 @@
 """The graphs of a text's attention, one a head of a layer, beside those of attention without structure."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from .analysis import capture, pick_heads
 from .attention import attention_rows
 from .covariance import attention_correlation
 from .discovery import CutSweep, Discovery, discover, null_discoveries, sweep_cuts, token_names
+from .discovery.ci import cuts
 from .discovery.nulls import NULLS
 from .integrations.transformers.attention import AttentionCall
 
@@ -32,18 +35,22 @@ class HeadGraph(NamedTuple):
         return edge_count(self.found)
 
     @property
+    def beyond(self) -> float:
+        """Edges less the null's mean."""
+        return self.edges - sum(self.null_edges) / len(self.null_edges)
+
+    @property
     def z(self) -> float:
-        """Edges less the null's mean, in its standard deviations; NaN where all null graphs have as many."""
-        null = torch.tensor(self.null_edges, dtype=torch.float64)
-        spread = float(null.std()) if len(null) > 1 else 0.0
-        return (self.edges - float(null.mean())) / spread if spread > 0 else float("nan")
+        """`beyond` in the null's standard deviations; NaN where all null graphs have as many edges."""
+        spread = float(torch.tensor(self.null_edges, dtype=torch.float64).std()) if len(self.null_edges) > 1 else 0.0
+        return self.beyond / spread if spread > 0 else math.nan
 
     def to_dict(self) -> dict:
         """What JSON holds of it."""
         pag, strength = self.found.pag, self.found.strength
         edges = [
             {"edge": f"{pag.names[a]} {symbol} {pag.names[b]}", "tokens": [a, b], "symbol": symbol,
-             "r": float(self.R[a, b]), "strength": float(strength[a, b])}
+             "r": float(self.R[a, b]), "strength": float(strength[a, b]) if np.isfinite(strength[a, b]) else None}
             for a, b, symbol in pag.edges()
         ]  # fmt: skip
         separated = [{"tokens": [*pair], "given": [*given]} for pair, given in self.found.sepsets.items()]
@@ -66,8 +73,9 @@ class TextDiscovery(NamedTuple):
     sweep: CutSweep | None = None
 
     def best(self) -> HeadGraph:
-        """The head whose number of edges is furthest from its null's."""
-        return max(self.heads, key=lambda head: abs(head.z) if head.z == head.z else -1.0)
+        """The head whose number of edges is furthest from its null's by |z|, or as it is where no head has a z."""
+        known = [head for head in self.heads if not math.isnan(head.z)]
+        return max(known, key=lambda head: abs(head.z)) if known else max(self.heads, key=lambda head: abs(head.beyond))
 
     def to_json(self) -> str:
         whole = self._asdict() | {"heads": [head.to_dict() for head in self.heads]}
@@ -75,7 +83,7 @@ class TextDiscovery(NamedTuple):
             best = self.best().found.pag
             shares = {f"{a} {b}": float(self.sweep.edges[a, b]) for a, b, _ in best.edges()}
             whole["sweep"] = {"head": self.best().head, "cuts": [*self.sweep.cuts], "shares": shares}
-        return json.dumps(whole, ensure_ascii=False)
+        return json.dumps(whole, ensure_ascii=False, allow_nan=False)
 
 
 class TextCorrelations(NamedTuple):
@@ -120,17 +128,19 @@ def discover_text(
         null: as in `null_attention`, or "untrained": the same heads of models of the same configuration whose weights
             were drawn anew.
         draws: of the null.
-        sweep: search the best head again at this many cuts from half its own to twice it; 0: do not.
-        on_level: called with all graphs so far after every level of a head, their nulls still to come.
+        sweep: search the best head again at this many cuts from half its own to twice it, or half way to 1 where that
+            is less; 0: do not.
+        on_level: called with all graphs so far after every level of a head and after every null of one.
         progress: called with how many searches are done and all.
 
     Returns:
         TextDiscovery.
 
     Raises:
+        NotImplementedError: an encoder-decoder, or as `analyze`.
         ValueError: several sequences, padding, tokens that are not one a position, fewer than two that are not special,
             a layer or head that the model lacks, an unknown null, draws < 1, sweep < 0, or what `discover` refuses.
-        TypeError, NotImplementedError: as `analyze`.
+        TypeError: as `analyze`, or special is a string.
 
     Source: Rohekar et al. 2023 (arXiv:2310.20307), whose cut is that of n = the hidden size at α = 0.01.
 
@@ -145,8 +155,12 @@ def discover_text(
     if null not in TEXT_NULLS:
         raise ValueError(f"null must be one of {', '.join(TEXT_NULLS)}, got {null!r}")
     for name, value, least in (("draws", draws, 1), ("sweep", sweep, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value}")
+    if isinstance(special, str):
+        raise TypeError(f"special must be a collection of tokens, got the string {special!r}")
+    # what is wrong with these is no head's
+    cuts(cut, n, alpha)
     chosen = [t for t, token in enumerate(tokens) if token not in special]
     text = text_correlations(model, inputs, tokens, chosen, layer, heads)
     numbers = [*range(len(text.R))] if heads is None else [*heads]
@@ -159,6 +173,8 @@ def discover_text(
     for at, edges in _nulls(model, inputs, tokens, chosen, text, numbers, null, draws, search):
         whole.heads[at].null_edges.append(edges)
         steps()
+        if on_level is not None:
+            on_level(whole)
     return whole if sweep == 0 else whole._replace(sweep=_sweep(whole.best(), sweep, search, steps))
 
 
@@ -171,6 +187,8 @@ def text_correlations(
     heads: Sequence[int] | None = None,
 ) -> TextCorrelations:
     """Run a text and correlate the attention rows of the chosen tokens, a head of one layer at a time."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(f"graphs of encoder-decoders are not there: {type(model).__name__} is one")
     if len(chosen) < 2:
         raise ValueError(f"a graph needs at least 2 tokens, got {len(chosen)} beside special ones")
     calls = capture(model, inputs, None if layer is None else [layer])
@@ -220,7 +238,11 @@ def _graphs(
         def tell(found: Discovery, head: int = head, R: Tensor = R) -> None:
             on_level(whole._replace(heads=[*whole.heads, HeadGraph(head, found, R, [])]))
 
-        yield HeadGraph(head, discover(R, names=text.names, on_level=on_level and tell, **search), R, [])
+        try:
+            found = discover(R, names=text.names, on_level=on_level and tell, **search)
+        except ValueError as error:
+            raise ValueError(f"head {head}: {error}") from error
+        yield HeadGraph(head, found, R, [])
 
 
 def _nulls(
@@ -248,44 +270,34 @@ def _nulls(
 def untrained(model: nn.Module, seed: int) -> nn.Module:
     """A model of the same class and configuration, its weights drawn anew."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # not `torch.manual_seed`, which would seed a GPU's generators too
+        torch.default_generator.manual_seed(seed)
         fresh = type(model)(model.config)
     parameter = next(model.parameters())
     return fresh.to(parameter.device, parameter.dtype).eval()
 
 
 def _sweep(best: HeadGraph, count: int, search: dict, steps: _Steps) -> CutSweep:
-    """The best head at cuts from half its own to twice it, in equal ratios."""
-    first = best.found.cuts[0]
-    cuts = torch.linspace(-1, 1, count, dtype=torch.float64).exp2() * first if count > 1 else torch.tensor([first])
+    """The best head at cuts from half its own to twice it, in equal ratios; one: at its own."""
+    own = best.found.cuts[0]
+    swept = np.geomspace(own / 2, min(2 * own, (1 + own) / 2), count) if count > 1 else [own]
     rest = {name: search[name] for name in ("max_order", "order")}
-    return sweep_cuts(best.R, cuts.clamp(max=0.999).unique().tolist(), progress=steps, **rest)
-
-
-def draw(result: TextDiscovery):
-    """The graph of the head that is furthest from its null, an edge as wide as it is strong."""
-    from .plot.pag import draw_pag
-
-    best = result.best()
-    mean = sum(best.null_edges) / len(best.null_edges)
-    title = f"layer {result.layer}, head {best.head}: {best.edges} edges, {mean:.1f} in its null"
-    strengths = torch.from_numpy(best.found.strength).nan_to_num(0).clamp(max=10).numpy()
-    return draw_pag(best.found.pag, strengths=strengths, title=title)
+    return sweep_cuts(best.R, map(float, swept), progress=steps, **rest)
 
 
 def table(result: TextDiscovery) -> list[str]:
     """A head a line beside its null, then the edges of the head furthest from it and what separates other pairs."""
     pairs = len(result.tokens) * (len(result.tokens) - 1) // 2
-    cuts = ", ".join(f"{cut:.4f}" for cut in result.best().found.cuts)
+    used = ", ".join(f"{cut:.4f}" for cut in result.best().found.cuts)
     lines = [
-        f"layer {result.layer}, {len(result.tokens)} tokens, {pairs} pairs, independent below |r| = {cuts}"
+        f"layer {result.layer}, {len(result.tokens)} tokens, {pairs} pairs, independent below |r| = {used}"
         + (", in the order of the text" if result.ordered else ""),
         f"head  edges  null ({result.null.replace('_', ' ')}): mean  least  most       z",
     ]
     for head in result.heads:
-        mean = sum(head.null_edges) / len(head.null_edges)
-        few, many = min(head.null_edges), max(head.null_edges)
-        lines.append(f"{head.head:>4}  {head.edges:>5}  {mean:>30.1f}  {few:>5}  {many:>4}  {head.z:>+6.1f}")
+        null, z = head.null_edges, "–" if math.isnan(head.z) else f"{head.z:+.1f}"
+        mean = head.edges - head.beyond
+        lines.append(f"{head.head:>4}  {head.edges:>5}  {mean:>30.1f}  {min(null):>5}  {max(null):>4}  {z:>6}")
     lines += _edge_lines(result) + _separated_lines(result.best())
     lines.append("A graph comes out of any attention: what is not beyond its null says nothing of the model.")
     return lines

@@ -110,6 +110,7 @@ def explain_text(
     max_size: int | None = None,
     max_range: int | None = None,
     batch: int = 64,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TextExplanation:
     """Find the smallest sets of tokens whose replacement changes what a model predicts at a target, by CLEANN.
 
@@ -118,7 +119,8 @@ def explain_text(
 
         masked models      the token at target, which is masked while sets are tested
         causal models      the token at target, of the tokens before it; later ones are dropped
-        classifiers        the class of the whole sequence; target is the token whose state is classified
+        classifiers        the class of the whole sequence; target is the token whose state is classified, the last one
+                           where no token attends a later one
 
     The abductive step: the attention is read with the predicted token in place at the target, in a causal model at its
     end; row `target` of the maps is that token's own. Without it the attention is read of what is tested, and a causal
@@ -139,16 +141,17 @@ def explain_text(
         abduct: as above; a classifier has no such step.
         layer, heads: whose graphs are pooled; the last layer's, all of them by default.
         cut, n, alpha, max_order: as in `discover`.
-        max_size, max_range, batch: as in `explain`.
+        max_size, max_range, batch, progress: as in `explain`; without max_size every subset may be tested.
 
     Returns:
         TextExplanation; found is empty where no candidate changes the prediction.
 
     Raises:
-        NotImplementedError: logits of something else than tokens or a class.
+        NotImplementedError: logits of something else than tokens or one of several classes, or an encoder-decoder.
         TypeError: a model without logits.
         ValueError: no replacement; more than one sequence, padding or other inputs; a target that is special, outside
-            the text, missing for a masked model or first in a causal one; else as in `discover` and `explain`.
+            the text, missing for a masked model or first in a causal one; no room for the token that follows the text;
+            a replacement outside the vocabulary; else as in `discover` and `explain`.
 
     Source: CLEANN of Rohekar et al. 2023 (arXiv:2310.20307).
 
@@ -161,9 +164,12 @@ def explain_text(
         ('^', 7)
     """
     replacement = _replacement(tokenizer, replacement)
+    if isinstance(special, str):
+        raise TypeError(f"special must be a collection of tokens, got the string {special!r}")
     special = set(getattr(tokenizer, "all_special_tokens", ()) if special is None else special)
     mask = getattr(tokenizer, "mask_token_id", None)
     _check_inputs(inputs, tokens)
+    _check_model(model, replacement)
     with using(model), torch.no_grad():
         question = _question(model, inputs, tokens, target, replacement if mask is None else mask, abduct)
         name = _namer(model, inputs, tokens, tokenizer, question.classes)
@@ -172,11 +178,13 @@ def explain_text(
         target = question.target
         words = _words(question.read["input_ids"][0].tolist(), inputs["input_ids"][0].tolist(), tokens, name)
         chosen = [t for t, word in enumerate(words) if t == target or word not in special]
-        maps = text_correlations(model, question.read, words, chosen, layer)
+        maps = text_correlations(model, question.read, words, chosen, layer, heads)
         graphs = head_graphs(maps, heads, cut=cut, n=n, alpha=alpha, max_order=max_order)
         tester = Replacement(question.choose, question.asked, replacement, chosen)
         at = chosen.index(target)
-        explained = explain(graphs.values(), at, tester, max_size=max_size, max_range=max_range, batch=batch)
+        explained = explain(
+            graphs.values(), at, tester, max_size=max_size, max_range=max_range, batch=batch, progress=progress
+        )  # fmt: skip
     found = [
         _found(each.tokens, each.distance, chosen, words, name(tester.after[each.tokens])) for each in explained.found
     ]
@@ -189,13 +197,10 @@ def explain_text(
 
 
 def head_graphs(maps: TextCorrelations, heads: Sequence[int] | None = None, **search) -> dict[int, Discovery]:
-    """The graph of each head, all of them by default, searched in the order of the text where there is one."""
+    """The graph of each head of maps, whose numbers heads are, searched in the order of the text where there is one."""
     numbers = range(len(maps.R)) if heads is None else heads
-    strange = [head for head in numbers if not 0 <= head < len(maps.R)]
-    if strange:
-        raise ValueError(f"heads must lie in 0…{len(maps.R) - 1}, got {strange[0]}")
     order = "time" if maps.ordered else None
-    return {head: discover(maps.R[head], names=maps.names, order=order, **search) for head in numbers}
+    return {head: discover(R, names=maps.names, order=order, **search) for head, R in zip(numbers, maps.R, strict=True)}
 
 
 def table(result: TextExplanation) -> list[str]:
@@ -226,14 +231,20 @@ def _question(
     T = len(tokens)
     causal = in_order(next(iter(capture(model, inputs).values())))
     if logits.ndim == 2:
+        if logits.shape[1] < 2:
+            raise NotImplementedError(
+                f"logits must be of several classes, got {logits.shape[1]} of {type(model).__name__}"
+            )
         target = (T - 1 if causal else 0) if target is None else target
-        _check_target(target, 0, T - 1)
+        # a model that reads the last token that is no padding must find it there
+        _check_target(target, T - 1 if causal else 0, T - 1)
         return _Question(inputs["input_ids"][0], inputs, target, _chooser(model, inputs, None), True)
     if logits.ndim != 3 or model.get_output_embeddings() is None:
         raise NotImplementedError(f"logits must be of tokens or of a class, got {type(model).__name__}'s")
     if causal:
         target = T if target is None else target
         _check_target(target, 1, T)
+        _check_room(model, target + abduct)
         asked, row = _resized(inputs, target), target - 1
     else:
         if target is None:
@@ -298,6 +309,9 @@ def _replacement(tokenizer, given: int | None) -> int:
 def _check_inputs(inputs: Mapping[str, Tensor], tokens: Sequence[str]) -> None:
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must map names to tensors, as a tokenizer returns them, got {type(inputs).__name__}")
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     strange = {*inputs} ^ ({*inputs} & READABLE | {"input_ids"})
     if strange:
         raise ValueError(f"inputs must hold input_ids, and of others {sorted(READABLE)}, got wrong: {sorted(strange)}")
@@ -309,7 +323,23 @@ def _check_inputs(inputs: Mapping[str, Tensor], tokens: Sequence[str]) -> None:
         raise ValueError("inputs must be without padding, got an attention_mask with zeros")
 
 
+def _check_model(model: nn.Module, replacement: int) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(f"explanations of encoder-decoders are not there: {type(model).__name__} is one")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if not isinstance(replacement, int) or not 0 <= replacement < vocabulary:
+        raise ValueError(f"replacement must be an id in 0…{vocabulary - 1}, got {replacement!r}")
+
+
+def _check_room(model: nn.Module, T: int) -> None:
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and T > most:
+        raise ValueError(f"the token that is predicted must find room after the text, got {T} tokens and {most} places")
+
+
 def _check_target(target: int, first: int, last: int) -> None:
+    if not isinstance(target, int):
+        raise TypeError(f"target must be a position, got {target!r}")
     if not first <= target <= last:
         raise ValueError(f"target must lie in {first}…{last}, got {target}")
 

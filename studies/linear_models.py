@@ -3,7 +3,6 @@
 import contextlib
 import io
 import statistics
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -126,10 +125,8 @@ def searched(case: Case, R: np.ndarray, n: float, family: str) -> list[dict]:
     """A row for each search of R, scored by the case's truth."""
     rows = []
     for name, search in SEARCHES.items():
-        began = time.perf_counter()
         pag, tests = search(R, n, case.truth.places)
-        ms = 1000 * (time.perf_counter() - began)
-        row = {"family": family, "n": n, "search": name, "seed": case.seed, "tests": tests, "ms": ms}
+        row = {"family": family, "n": n, "search": name, "seed": case.seed, "tests": tests}
         rows.append(row | score(pag, case.truth) | blame(pag, case.truth, R, n, ALPHA))
     return rows
 
@@ -186,7 +183,6 @@ def _details(rows: list[dict], family: str) -> list[dict]:
             found = pick(rows, family=family, search=search, n=n)
             cost = {
                 "tests": f"{statistics.mean(row['tests'] for row in found):.0f}",
-                "ms": f"{statistics.median(row['ms'] for row in found):.0f}",
             }
             means = {head: spread(row[key] for row in found) for head, key in DETAILS.items()}
             lines.append({"n": label(n), "search": search} | means | cost)
@@ -297,8 +293,7 @@ METHOD = (
     "search does. Distance is to the PAG, so true marks that only the order tells count as differences. Chance is the "
     "mean F1 of all graphs with as many edges. Independent data have no edges: what is found there is the searches' "
     "own. Of missed edges it is said how many have |r| below the cut already given nothing; of extra ones, how many "
-    "have a true separating set that passes the test, so that the search failed to try it. Nothing was tuned. ms is a "
-    "median, of one thread of a busy machine."
+    "have a true separating set that passes the test, so that the search failed to try it. Nothing was tuned."
 )
 QUESTION = "What do searches recover of random linear models?"
 STUDY = Study("linear_models", QUESTION, METHOD, measure, tables, draw)

@@ -1,6 +1,7 @@
 """The search on bit sets against the specification, which walks paths one by one; with exact tests and with others."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -192,6 +193,15 @@ EYE = torch.eye(3, dtype=torch.float64)
         (EYE, {"cut": None, "n": 3, "alpha": 0.1}, r"n must be greater than order \+ 3 = 3, got 3"),
         (EYE, {"names": ["a", "b", "a"]}, "names must be distinct, got 'a' twice"),
         (EYE, {"order": "depth"}, "order must be 'time' or the place of each token, got 'depth'"),
+        (EYE, {"cut": None, "n": 4.5, "alpha": 1e-60}, "n and alpha must give a cut between 0 and 1, got 1.0 of n=4.5"),
+        (
+            EYE,
+            {"cut": None, "n": math.inf, "alpha": 0.1},
+            "n and alpha must give a cut between 0 and 1, got 0.0 of n=inf",
+        ),
+        (EYE, {"order": 3}, r"must have a place for each of the 3 tokens, got shape \[\]"),
+        (EYE, {"order": [0, math.nan, 1]}, "tiers and order must be numbers"),
+        (EYE, {"order": ["a", "b", "c"]}, "tiers and order must be numbers"),
         (EYE, {"order": [0, 1]}, "must have a place for each of the 3 tokens"),
         (EYE, {"order": [0, 1, 1]}, "order must give every token a place of its own"),
         (EYE, {"names": ["a", "b"]}, "names"),
@@ -214,5 +224,9 @@ def test_background_is_of_token_numbers():
     for pairs in ([(0.5, 1)], [3], [("a", "b")]):
         with pytest.raises(TypeError, match="required must hold pairs of token numbers, got"):
             discover(EYE, cut=0.5, background=Background(required=pairs))
+    with pytest.raises(
+        TypeError, match="required must be a collection of pairs, which can be read twice, got generator"
+    ):
+        discover(EYE, cut=0.5, background=Background(required=((a, a + 1) for a in range(2))))
     with pytest.raises(TypeError, match="cut must be a number, got str"):
         discover(EYE, cut="0.5")

@@ -43,6 +43,7 @@ def test_bad_input():
         ([], {}, "cuts must be distinct and at least one, got []"),
         ([0.2, 0.2], {}, "cuts must be distinct and at least one, got [0.2, 0.2]"),
         ([0.2, 1.0], {}, "cut must lie between 0 and 1, got 1.0"),
+        ([0.3, 1.0], {"on_level": lambda found: 1 / 0}, "cut must lie between 0 and 1, got 1.0"),
         ([0.2], {"n": 30, "alpha": 0.1}, "cuts takes the place of cut, n and alpha, got alpha, n"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):

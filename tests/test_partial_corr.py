@@ -320,8 +320,10 @@ def test_other_bad_input():
         ca.fisher_z(torch.zeros(2), 50, torch.tensor([0, -2]))
     with pytest.raises(ValueError, match="r must lie in −1…1"):
         ca.fisher_z(torch.tensor([0.0, -1.5]), 50)
-    with pytest.raises(TypeError, match="r must be a floating point tensor, got int"):
+    with pytest.raises(TypeError, match="r must be float32 or float64, got int"):
         ca.fisher_z(1, 50)
+    with pytest.raises(TypeError, match=r"r must be float32 or float64, got torch\.bfloat16"):
+        ca.fisher_z(torch.zeros(2).bfloat16(), 50)
 
 
 @pytest.mark.parametrize("backend", PATHS)

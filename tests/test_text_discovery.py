@@ -9,13 +9,14 @@ import pytest
 import torch
 from test_cli import SENTENCE, refused
 from tiny_checkpoint import save_checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2Model
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BartConfig, BartModel, GPT2Config, GPT2Model
 
 import causalattn as ca
 from causalattn import cli
-from causalattn.discovery import discover
+from causalattn.discovery import discover, null_discoveries
 from causalattn.partial_corr import level_tests
-from causalattn.text_discovery import discover_text, draw, table
+from causalattn.plot.text_discovery import draw_best
+from causalattn.text_discovery import discover_text, table
 from causalattn.text_explanation import explain_text
 
 # the module: its name in the package is the function's
@@ -52,7 +53,7 @@ def test_a_graph_a_head(loaded):
     separated = 45 - best.edges
     assert len(lines) == 5 + len(R) + best.edges + min(separated, 20) + (separated > 20)
     assert lines[-1].endswith("says nothing of the model.")
-    drawing = draw(result)
+    drawing = draw_best(result)
     assert drawing.name == "pag" and len(drawing.png()) > 5000
 
 
@@ -128,16 +129,17 @@ def test_the_best_head_is_searched_at_many_cuts(loaded):
     assert whole["sweep"]["shares"][f"{a} {b}"] == sweep.edges[a, b]
 
 
-def test_every_level_is_told_before_the_nulls(loaded):
+def test_every_level_and_every_null_is_told(loaded):
     model, inputs = loaded
     told = []
     result = discover_text(model, inputs, SENTENCE.split(), cut=0.2, draws=1, on_level=lambda x: told.append(x))
     levels = [len(head.found.levels) for head in result.heads]
-    assert [(len(x.heads), len(x.heads[-1].found.levels)) for x in told] == [
+    searched, nulls = told[: sum(levels)], told[sum(levels) :]
+    assert [(len(x.heads), len(x.heads[-1].found.levels)) for x in searched] == [
         (head + 1, level) for head, last in enumerate(levels) for level in range(1, last + 1)
     ]
-    assert json.loads(told[0].to_json())["heads"][0]["null_edges"] == []
-    assert told[-1].heads[-1].found.pag == result.heads[-1].found.pag
+    assert searched[-1].heads[-1].null_edges == [] and len(nulls) == len(levels)
+    assert nulls[-1].heads == result.heads
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +193,38 @@ def test_an_interrupted_run_leaves_its_last_level(bert, tmp_path, capsys, monkey
     # two levels of the first head and one of the second
     assert [len(head["levels"]) for head in left["heads"]] == [2, 1] and [*tmp_path.iterdir()] == [path]
     path.unlink()
+    made[:] = [()] * 4
+    if not saved:
+        # in the nulls: all graphs, and the nulls that are finished
+        monkeypatch.setattr("causalattn.text_discovery.null_discoveries", interrupted_after(3))
+        assert "up to the last finished level" in refused(capsys, *command[:-3], "3", *command[-2:])
+        left = json.loads(path.read_text())
+        assert [head["null_edges"] != [] for head in left["heads"]] == [True, False]
+        assert len(left["heads"][0]["null_edges"]) == 3
+        path.unlink()
     monkeypatch.setattr(SEARCH, "level_tests", interrupt)
     assert refused(capsys, *command) == "interrupted: no level was finished" and not [*tmp_path.iterdir()]
 
 
 def interrupt(*arguments, **options):
     raise KeyboardInterrupt
+
+
+def interrupted_after(count):
+    made = []
+
+    def nulls(*arguments, **options):
+        made.append(arguments)
+        if len(made) > count:
+            raise KeyboardInterrupt
+        return null_discoveries(*arguments, **options)
+
+    return nulls
+
+
+def test_an_interrupt_while_a_model_is_loaded_is_one_line(bert, capsys, monkeypatch):
+    monkeypatch.setattr("causalattn.cli.discover.text_of", interrupt)
+    assert refused(capsys, "discover", "--model", bert) == "interrupted"
 
 
 def test_the_command(bert, tmp_path, capsys):
@@ -221,10 +249,11 @@ def test_the_command(bert, tmp_path, capsys):
         (["--cut", "0.2", "--alpha", "0.1"], "give cut, or n and alpha"),
         (["-n", "2"], "n must be greater than order + 3"),
         (["--heads", "9"], "heads must be different numbers from 0 to 1, got [9]"),
-        (["--layer", "7"], "7"),
+        (["--layer", "7"], "layers must be among [0, 1], got [7]"),
+        (["--text", "storm \udcff ship"], "the text is not valid UTF-8"),
         (["--text", "storm"], "a graph needs at least 2 tokens"),
         (["--text", " "], "the text is empty: --text"),
-        (["--explain", "storm"], "predicts nothing: it was saved as BertModel, without a head"),
+        (["--explain", "storm"], "predicts no token and no class: it was saved as BertModel"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(bert, capsys, arguments, message):
@@ -243,8 +272,9 @@ def test_bad_input(loaded):
         (inputs, tokens[:9], {}, "tokens must be 10, one a position, got 9"),
         (inputs, tokens, {"heads": []}, "heads must be different numbers from 0 to 1, got []"),
         (inputs, tokens, {"null": "shuffle"}, "null must be one of random_logits, permute, untrained, got 'shuffle'"),
-        (inputs, tokens, {"draws": 0}, "draws must be at least 1, got 0"),
-        (inputs, tokens, {"sweep": -1}, "sweep must be at least 0, got -1"),
+        (inputs, tokens, {"draws": 0}, "draws must be an integer of at least 1, got 0"),
+        (inputs, tokens, {"draws": 1.5}, "draws must be an integer of at least 1, got 1.5"),
+        (inputs, tokens, {"sweep": -1}, "sweep must be an integer of at least 0, got -1"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             discover_text(model, given, words, cut=0.2, **options)
@@ -258,9 +288,38 @@ def test_bad_input(loaded):
         ("the storm", "--explain takes one token, got 'the storm'"),
         ("[2]", "--explain takes one token, got '[2]'"),
         ("Because", "target must lie in 1"),
+        ("storm --replacement whale", "--replacement: 'whale' is not in the vocabulary of tinygpt2"),
     ],
 )
 def test_a_token_that_cannot_be_explained_is_named(gpt2, capsys, token, message):
     save_with_padding(gpt2)
     command = ["discover", "--model", gpt2, "--text", SENTENCE, "--draws", "1", "--max-order", "0"]
-    assert message in refused(capsys, *command, "--explain", token)
+    token, _, replacement = token.partition(" --replacement ")
+    options = ["--replacement", replacement] if replacement else []
+    assert message in refused(capsys, *command, "--explain", token, *options)
+
+
+def test_a_head_without_structure_is_named(loaded):
+    model, inputs = loaded
+    flat = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in flat.named_parameters():
+            if ".1." in name and "query" in name:
+                parameter[parameter.shape[0] // 2 :] = 0
+    with pytest.raises(ValueError, match="head 1: R must tell tokens apart"):
+        discover_text(flat, inputs, SENTENCE.split(), cut=0.2, draws=1)
+
+
+def test_special_tokens_are_no_string(loaded):
+    with pytest.raises(TypeError, match="special must be a collection of tokens, got the string 'storm'"):
+        discover_text(*loaded, SENTENCE.split(), cut=0.2, special="storm")
+
+
+def test_encoder_decoders_are_refused():
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 20, "max_position_embeddings": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    model = BartModel(BartConfig(**sizes, **heads)).eval()
+    with pytest.raises(NotImplementedError, match="graphs of encoder-decoders are not there: BartModel is one"):
+        discover_text(model, {"input_ids": torch.arange(5)[None]}, list("abcde"), cut=0.2)
+    with pytest.raises(NotImplementedError, match="explanations of encoder-decoders are not there"):
+        explain_text(model, {"input_ids": torch.arange(5)[None]}, list("abcde"), target=2, replacement=0, cut=0.2)

@@ -150,8 +150,15 @@ def test_a_tokenizer_names_and_replaces():
     explained = explain_text(random_model("next"), {"input_ids": IDS}, TOKENS, tokenizer=tokenizer, **WHOLE)
     assert explained.replacement == MASK and explained.tokens[-1] == explained.prediction and explained.target == T
     assert explained.prediction.startswith("<") and explained.adjacent == 6
+    tokenizer.mask_token_id = 3
+    mine, masked = (
+        explain_text(random_model("next"), {"input_ids": IDS}, TOKENS, tokenizer=tokenizer, replacement=x, **WHOLE)
+        for x in (7, None)
+    )
+    assert mine.replacement == 7 and masked.replacement == 3
     silent = explain_text(random_model("next"), {"input_ids": IDS}, TOKENS, replacement=7, heads=[0], cut=0.999)
-    assert "no set of tokens" in table(silent)[2] or silent.found
+    assert not silent.found and "no set of tokens" in table(silent)[2]
+    assert json.loads(silent.to_json())["found"] == []
 
 
 def test_a_set_is_replaced_at_its_positions():
@@ -186,8 +193,13 @@ def refused(kind, **arguments):
         ("class", {"tokens": TOKENS[1:]}, r"one sequence of its tokens, \[1, 6\], got \[1, 7\]"),
         ("class", {"inputs": {"input_ids": IDS, "attention_mask": (IDS > 5).long()}}, "inputs must be without padding"),
         ("class", {"inputs": {"inputs_embeds": IDS}}, "inputs must hold input_ids"),
-        ("class", {"heads": [2]}, r"heads must lie in 0…1, got 2"),
-        ("class", {"heads": []}, "discoveries must hold at least one graph"),
+        ("class", {"heads": [2]}, r"heads must be different numbers from 0 to 1, got \[2\]"),
+        ("class", {"heads": [0, 0]}, r"heads must be different numbers from 0 to 1, got \[0, 0\]"),
+        ("class", {"heads": []}, r"heads must be different numbers from 0 to 1, got \[\]"),
+        ("class", {"replacement": VOCAB}, f"replacement must be an id in 0…{VOCAB - 1}, got {VOCAB}"),
+        ("class", {"replacement": -1}, f"replacement must be an id in 0…{VOCAB - 1}, got -1"),
+        # it reads the last token that is no padding, which a replaced one may be
+        ("last class", {"target": 5}, r"target must lie in 6…6, got 5"),
         ("class", {"layer": 5}, "layers must be among"),
         ("class", {"special": TOKENS}, "a graph needs at least 2 tokens, got 1"),
         ("class", {"n": 10}, "cut"),
@@ -198,7 +210,35 @@ def test_what_does_not_fit_is_named(kind, arguments, message):
         refused(kind, **arguments)
 
 
+def test_the_token_that_follows_needs_room():
+    model = t.GPT2LMHeadModel(t.GPT2Config(**GPT2 | {"n_positions": T}))
+    with pytest.raises(ValueError, match=f"must find room after the text, got {T + 1} tokens and {T} places"):
+        explain_text(model, {"input_ids": IDS}, TOKENS, replacement=MASK, cut=0.2)
+    assert explain_text(model, {"input_ids": IDS}, TOKENS, replacement=MASK, abduct=False, **WHOLE).target == T - 1
+    assert explain_text(model, {"input_ids": IDS}, TOKENS, target=T - 1, replacement=MASK, **WHOLE).target == T - 1
+
+
+def test_progress_counts_sets():
+    told = []
+    explained = explain_text(
+        random_model("next"), {"input_ids": IDS}, TOKENS, replacement=MASK, batch=2, max_size=2,
+        progress=lambda *x: told.append(x), **WHOLE,
+    )  # fmt: skip
+    done, totals = zip(*told, strict=True)
+    assert done[-1] == totals[-1] == explained.tested and list(done) == sorted(done)
+
+
 def test_models_that_predict_neither_tokens_nor_a_class():
+    single = t.BertForSequenceClassification(t.BertConfig(**BERT | {"num_labels": 1}))
+    with pytest.raises(NotImplementedError, match="logits must be of several classes, got 1 of BertForSequence"):
+        explain_text(single, {"input_ids": IDS}, TOKENS, replacement=MASK, cut=0.2)
+    for arguments, message in [
+        ({"target": 2.5}, "target must be a position, got 2.5"),
+        ({"special": "ab"}, "special must be a collection of tokens"),
+        ({"inputs": {"input_ids": IDS.tolist()}}, "input_ids must be a tensor, got list"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            refused("class", **arguments)
     options = {"replacement": MASK, "cut": 0.2}
     with pytest.raises(TypeError, match="model must return logits, got BertModel"):
         explain_text(t.BertModel(t.BertConfig(**BERT)), {"input_ids": IDS}, TOKENS, **options)

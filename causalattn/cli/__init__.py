@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CommandError, OSError) as error:
         print(f"causalattn: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("causalattn: error: interrupted", file=sys.stderr)
+        return 2
     return 0
 
 

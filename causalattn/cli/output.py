@@ -14,7 +14,7 @@ def print_measured(
     arguments: argparse.Namespace, measure: Callable, progress: Progress, table: Callable, draw: Callable | None,
     finished: Callable = lambda result: None,
 ) -> None:  # fmt: skip
-    """Measure, tell finished, print the table or the JSON, and draw the figure where one is wanted."""
+    """Measure, tell finished, write the figure where one is wanted, and print the table or the JSON."""
     figure = getattr(arguments, "figure", None)
     check_plotting(figure)
     try:

@@ -1,6 +1,6 @@
 """What is known before a search: edges that must or must not be, and an order in time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from operator import index
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from .marks import ARROW, CIRCLE, NONE, TAIL
 
-Pairs = Iterable[tuple[int, int]]
+Pairs = Collection[tuple[int, int]]
 
 
 class Background(NamedTuple):
@@ -49,6 +49,8 @@ def start_of(T: int, background: Background, order: np.ndarray | None) -> tuple[
 
 
 def _pairs(name: str, pairs: Pairs, T: int) -> list[tuple[int, int]]:
+    if not isinstance(pairs, Collection):
+        raise TypeError(f"{name} must be a collection of pairs, which can be read twice, got {type(pairs).__name__}")
     try:
         found = [tuple(map(index, pair)) for pair in pairs]
     except TypeError:
@@ -63,6 +65,8 @@ def _tiers(tiers: Sequence[int], T: int) -> np.ndarray:
     tiers = np.asarray(tiers)
     if tiers.shape != (T,):
         raise ValueError(f"tiers and order must have a place for each of the {T} tokens, got shape {list(tiers.shape)}")
+    if not np.issubdtype(tiers.dtype, np.number) or not np.isfinite(tiers).all():
+        raise ValueError(f"tiers and order must be numbers, got {tiers.tolist()}")
     return tiers
 
 

@@ -33,6 +33,7 @@ def explain(
     max_size: int | None = None,
     max_range: int | None = None,
     batch: int = 64,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Explanations:
     """Find the smallest sets of tokens without which a prediction changes, among those its graph connects to it.
 
@@ -47,6 +48,7 @@ def explain(
         max_size: of a set; as many as there are by default.
         max_range: the most steps from the target.
         batch: sets a call.
+        progress: called with how many sets were tested, and how many there are up to the size at hand.
 
     Raises:
         ValueError: no graph, graphs over other tokens, a target outside them, a size or batch below 1, or a tester that
@@ -87,6 +89,8 @@ def explain(
             if len(answers) != len(some):
                 raise ValueError(f"tester must answer each of the {len(some)} sets, got {len(answers)} answers")
             hits += [each for each, changes in zip(some, answers, strict=True) if changes]
+            if progress is not None:
+                progress(tested + n + len(some), tested + len(sets))
         tested += len(sets)
         if hits:
             return Explanations(hits, tested)

@@ -101,6 +101,7 @@ def discover(
     T = R.shape[0]
     cut_of = cuts(cut, n, alpha)
     depth = _depth(T, max_order, n, max_tests)
+    _check_cuts(cut_of, depth, n, alpha)
     places = None if order is None else np.arange(T) if isinstance(order, str) else np.asarray(order)
     _check_order(order, places)
     start, required = start_of(T, background, places)
@@ -151,8 +152,17 @@ def _depth(T: int, max_order: int | None, n: float | None, max_tests: int) -> in
     return min(limits if n is None or math.isinf(n) else [*limits, math.ceil(n) - 4])
 
 
+def _check_cuts(cut_of: Callable[[int], float], depth: int, n: float | None, alpha: float | None) -> None:
+    """Refuse n and alpha that no |r| can be told apart by, before a level has been made."""
+    for order in (0, max(depth, 0)):
+        if not 0 < cut_of(order) < 1:
+            raise ValueError(
+                f"n and alpha must give a cut between 0 and 1, got {cut_of(order)} of n={n}, alpha={alpha}"
+            )
+
+
 def _check_order(order: str | Sequence[int] | None, places: np.ndarray | None) -> None:
     if isinstance(order, str) and order != "time":
         raise ValueError(f"order must be 'time' or the place of each token, got {order!r}")
-    if places is not None and len(np.unique(places)) < len(places):
+    if places is not None and places.ndim == 1 and len(np.unique(places)) < len(places):
         raise ValueError("order must give every token a place of its own: use background tiers for ties")

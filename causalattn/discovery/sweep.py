@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from ..partial_corr.arguments import check_cut
 from .discover import Discovery, discover
 from .pag import Mark
 
@@ -51,7 +52,7 @@ def sweep_cuts(
         >>> sweep_cuts(R, [0.03, 0.2, 0.4, 0.6]).edges[0]
         array([0.  , 0.75, 0.25])
     """
-    cuts = sorted(cuts)
+    cuts = sorted(map(check_cut, cuts))
     if not cuts or len({*cuts}) < len(cuts):
         raise ValueError(f"cuts must be distinct and at least one, got {cuts}")
     unknown = {"cut", "n", "alpha"} & {*options}

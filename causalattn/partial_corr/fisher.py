@@ -67,7 +67,7 @@ def fisher_z(r: Tensor, n: float, order: int | Tensor = 0) -> FisherZ:
 
     Raises:
         ValueError: on the CPU, n ≤ order + 3, order < 0 or |r| > 1.
-        TypeError: r is not a floating point tensor.
+        TypeError: r is not float32 or float64.
 
     Source: Fisher 1924, as `critical_correlation`.
 
@@ -75,10 +75,8 @@ def fisher_z(r: Tensor, n: float, order: int | Tensor = 0) -> FisherZ:
         >>> fisher_z(torch.tensor([0.0, 0.5]), 103).p.round(decimals=8)
         tensor([1.0000e+00, 4.0000e-08], dtype=torch.float64)
     """
-    if not isinstance(r, Tensor) or not r.is_floating_point():
-        raise TypeError(
-            f"r must be a floating point tensor, got {r.dtype if isinstance(r, Tensor) else type(r).__name__}"
-        )
+    if not isinstance(r, Tensor) or r.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"r must be float32 or float64, got {r.dtype if isinstance(r, Tensor) else type(r).__name__}")
     order = torch.as_tensor(order, device=r.device)
     left = (n - 3 - order).double()
     if readable(order) and not (left > 0).all():
