@@ -151,8 +151,9 @@ def gpt2(tmp_path_factory):
 @pytest.mark.parametrize("token", ["storm", "next"])
 def test_a_prediction_is_explained(gpt2, tmp_path, capsys, token):
     command = ["discover", "--model", gpt2, "--text", SENTENCE, "--cut", "0.3", "--draws", "1", "--explain", token]
-    # a vocabulary without a mask token: what replaces must be there
-    save_with_padding(gpt2)
+    # a vocabulary without a mask token and without padding
+    assert "replacement must be given" in refused(capsys, *command)
+    command += ["--replacement", "<b>"]
     assert cli.main([*command, "--figure", str(tmp_path / "graph.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("wrote") and "sets tested in" in lines[-2]
@@ -162,14 +163,9 @@ def test_a_prediction_is_explained(gpt2, tmp_path, capsys, token):
     model = AutoModelForCausalLM.from_pretrained(gpt2).eval()
     inputs = dict(tokenizer(SENTENCE, return_tensors="pt"))
     target = None if token == "next" else 2
-    expected = explain_text(model, inputs, SENTENCE.split(), target=target, tokenizer=tokenizer, cut=0.3)
+    options = {"target": target, "tokenizer": tokenizer, "replacement": tokenizer.get_vocab()["<b>"], "max_size": 3}
+    expected = explain_text(model, inputs, SENTENCE.split(), cut=0.3, **options)
     assert whole["explanation"] == json.loads(expected.to_json()) and len(whole["heads"]) == 2
-
-
-def save_with_padding(folder):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = "<b>"
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -292,10 +288,9 @@ def test_bad_input(loaded):
     ],
 )
 def test_a_token_that_cannot_be_explained_is_named(gpt2, capsys, token, message):
-    save_with_padding(gpt2)
     command = ["discover", "--model", gpt2, "--text", SENTENCE, "--draws", "1", "--max-order", "0"]
     token, _, replacement = token.partition(" --replacement ")
-    options = ["--replacement", replacement] if replacement else []
+    options = ["--replacement", replacement or "<b>"]
     assert message in refused(capsys, *command, "--explain", token, *options)
 
 
