@@ -15,8 +15,8 @@ from causalattn.discovery import discover
 
 SMALL, LARGE = 20, (64, 256, 512)
 KNOBS = {"n": 768, "alpha": 0.01}
-# the sizes from which a peer takes more than three minutes
-TOO_LONG = {"causality-lab ICD": 64, "causal-learn fci": 64}
+# what peers took of LARGE[0] tokens when they were run by hand, one thread
+TOO_LONG = {"causality-lab ICD": "more than five minutes", "causal-learn fci": "167 s, run once"}
 PEERS = {"causality-lab ICD": peers.causality_lab_icd, "causal-learn fci": peers.fci}
 
 
@@ -42,8 +42,8 @@ def head(T):
 @pytest.mark.parametrize("T", [SMALL, LARGE[0]])
 def test_every_order(measure, T, peer):
     R = random_attention(T)
-    if T >= TOO_LONG.get(peer, T + 1):
-        unmeasured("discovery", peer, R, "more than three minutes")
+    if T != SMALL and peer != OURS:
+        unmeasured("discovery", peer, R, TOO_LONG[peer])
         return
     run = functools.partial(discover, **KNOBS) if peer == OURS else PEERS[peer]
 
