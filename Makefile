@@ -25,6 +25,7 @@ lint: .venv/.stamp
 
 bench: .venv/.stamp
 	$(BIN)/python -m pytest bench
+	$(BIN)/python bench/report.py
 
 claims: .venv/.stamp
 	$(BIN)/python -m pytest -q tests/test_claims.py --claims docs/claims.md

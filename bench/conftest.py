@@ -76,7 +76,21 @@ def pytest_sessionfinish(session):
         folder = Path(os.environ.get("RESULTS", "bench/results"))
         folder.mkdir(parents=True, exist_ok=True)
         name = "".join(c if c.isalnum() else "-" for c in device().lower().split(",")[0]).strip("-")
-        (folder / f"{name}.json").write_text(json.dumps(ROWS, indent=1) + "\n")
+        path = folder / f"{name}.json"
+        before = json.loads(path.read_text("utf-8")) if path.exists() else []
+        rows = json.dumps(joined(before, ROWS), indent=1, ensure_ascii=False)
+        path.write_text(rows + "\n", "utf-8")
+
+
+def joined(before: list[dict], rows: list[dict]) -> list[dict]:
+    """The rows that were there, each in its place or replaced where it was measured again, and the new ones."""
+    new = {_key(row): row for row in rows}
+    kept = [new.pop(_key(row), row) for row in before]
+    return kept + list(new.values())
+
+
+def _key(row: dict) -> tuple:
+    return row["operator"], tuple(row["shape"]), row["peer"]
 
 
 def pytest_terminal_summary(terminalreporter):

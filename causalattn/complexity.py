@@ -89,14 +89,14 @@ def measure_complexity(
         raise ValueError(f"lengths must be positive and increasing, got {lengths}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    _check(*_inputs(1, 1, min(lengths[0], 256), dim, device, dtype))
+    _check(*make_inputs(1, 1, min(lengths[0], 256), dim, device, dtype))
     points = []
     for done, T in enumerate(lengths):
         progress(done, len(lengths))
-        qkv = _inputs(1 if tokens is None else max(1, tokens // T), heads, T, dim, device, dtype)
+        qkv = make_inputs(1 if tokens is None else max(1, tokens // T), heads, T, dim, device, dtype)
         before = points[-1] if points else None
         times = {
-            name: None if _expected(before, name, power, T, tokens) > longest else _milliseconds(function, qkv)
+            name: None if _expected(before, name, power, T, tokens) > longest else milliseconds(function, qkv)
             for name, power, function in ((SOFTMAX, 2, _softmax), (LINEAR, 1, _linear))
         }
         points.append(Point(T, **times))
@@ -107,7 +107,7 @@ def measure_complexity(
         {name: fitted_exponent(points, name) for name in (SOFTMAX, LINEAR)},
         crossover(points),
         f"{each}, {heads} heads, D = {dim}, {str(dtype).removeprefix('torch.')}",
-        _name(device),
+        device_name(device),
     )
 
 
@@ -155,7 +155,7 @@ def verdict(result: Complexity) -> str:
     return f"Below T ≈ {result.crossover:.0f} softmax attention is the faster choice, above it linear attention."
 
 
-def _inputs(B: int, H: int, T: int, D: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def make_inputs(B: int, H: int, T: int, D: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator(device).manual_seed(T)
     return [torch.randn(B, H, T, D, generator=generator, device=device, dtype=dtype) for _ in range(3)]
 
@@ -186,7 +186,7 @@ def _expected(before: Point | None, name: str, power: int, T: int, tokens: int |
     return math.inf if ms is None else ms / 1e3 * (T / before.T) ** (power - (tokens is not None))
 
 
-def _milliseconds(function: Callable[..., Tensor], args: list[Tensor]) -> float:
+def milliseconds(function: Callable[..., Tensor], args: list[Tensor]) -> float:
     def once() -> float:
         start = time.perf_counter()
         function(*args)
@@ -201,9 +201,9 @@ def _milliseconds(function: Callable[..., Tensor], args: list[Tensor]) -> float:
     return 1e3 * sorted(times)[len(times) // 2]
 
 
-def _name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.get_devicedevice_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -38,6 +38,7 @@ MODULES = [
     "interventions.plan",
     "dense.interventions",
     "memory_demo",
+    "operator_times",
     "partial_corr",
     "partial_corr.fisher",
     "partial_corr.level_tests",

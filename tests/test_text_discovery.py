@@ -129,6 +129,17 @@ def test_the_best_head_is_searched_at_many_cuts(loaded):
     assert whole["sweep"]["shares"][f"{a} {b}"] == sweep.edges[a, b]
 
 
+@pytest.mark.parametrize(("cut", "count", "ends"), [(0.2, 1, (0.2, 0.2)), (0.9, 5, (0.45, 0.95))])
+def test_a_sweep_stays_below_one(loaded, cut, count, ends):
+    model, inputs = loaded
+    result = discover_text(model, inputs, SENTENCE.split(), cut=cut, draws=1, max_order=0, sweep=count)
+    assert len(result.sweep.cuts) == count
+    assert (result.sweep.cuts[0], result.sweep.cuts[-1]) == pytest.approx(ends, rel=1e-12)
+    # one draw has no spread: the best head is the one whose edges differ most
+    assert result.best() is max(result.heads, key=lambda head: abs(head.edges - head.null_edges[0]))
+    assert "–" in table(result)[2]
+
+
 def test_every_level_and_every_null_is_told(loaded):
     model, inputs = loaded
     told = []

@@ -1,5 +1,6 @@
 """README's table and docs/speed.md are what bench/results gives, and differ as soon as a row does."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -71,3 +72,12 @@ def test_the_figure_marks_what_was_not_run(rows):
     assert min(line.get_ydata().min() for line in right.lines if len(line.get_ydata())) > 1
     hollow = [line for line in right.lines if line.get_fillstyle() == "none"]
     assert sum(len(line.get_xdata()) for line in hollow) == 2
+
+
+def test_a_partial_run_keeps_the_other_rows():
+    spec = importlib.util.spec_from_file_location("bench_conftest", ROOT / "bench" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    one, two, three = ({"operator": "a", "shape": [n], "peer": "p", "ms": n} for n in (1, 2, 3))
+    assert conftest.joined([one, two], [two | {"ms": 9}, three]) == [one, two | {"ms": 9}, three]
+    assert conftest.joined([], [one]) == [one]
