@@ -8,7 +8,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 export RESULTS
 
-.PHONY: demo test test-all lint bench claims studies gpu sheet
+.PHONY: demo test test-all lint bench bench-compare claims studies gpu sheet
 
 demo: .venv/.stamp
 	$(BIN)/causalattn demo --figures out/figures --html out/report.html
@@ -26,6 +26,9 @@ lint: .venv/.stamp
 bench: .venv/.stamp
 	$(BIN)/python -m pytest bench
 	$(BIN)/python bench/report.py
+
+bench-compare: .venv/.stamp
+	$(BIN)/python bench/compare.py $(BASE)
 
 claims: .venv/.stamp
 	$(BIN)/python -m pytest -q tests/test_claims.py --claims docs/claims.md

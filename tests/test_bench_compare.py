@@ -1,0 +1,47 @@
+"""bench/compare.py: the least of every run, what fails where, and no worktree left behind."""
+
+import subprocess
+from pathlib import Path
+
+import compare as bench_compare
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Times of the base and of here, by which tree is asked."""
+    found = {
+        "here": [{"a": 2.0, "b": 5.0}, {"a": 1.0, "b": 9.0}],
+        "base": [{"a": 1.0, "b": 4.0}, {"a": 3.0, "c": 1.0, "b": 2.0}],
+    }
+    monkeypatch.setattr(bench_compare, "times", lambda tree, tokens: found["here" if tree == ROOT else "base"].pop())
+    return found
+
+
+def trees():
+    return subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(("worse", "code"), [("1.5", 1), ("2.6", 0)])
+def test_ratios_of_the_least(timed, capsys, worse, code):
+    before = trees()
+    assert bench_compare.main(["HEAD", "--rounds", "2", "--worse", worse]) == code
+    out, err = capsys.readouterr()
+    assert [line.split() for line in out.splitlines()] == [
+        ["a", "1.00", "1.00", "1.00", "×"],
+        ["b", "2.00", "5.00", "2.50", "×"],
+    ]
+    assert err.endswith("as slow as HEAD: b\n") if code else not err
+    assert trees() == before
+
+
+def test_what_is_wrong_is_said_in_one_line(capsys):
+    before = trees()
+    assert bench_compare.main(["no-such-revision"]) == 2
+    assert capsys.readouterr().err.startswith("compare: error: fatal: invalid reference: no-such-revision")
+    # a tree without the command
+    with pytest.raises(bench_compare.Failed, match="causalattn: error"):
+        bench_compare.times(ROOT, "1")
+    assert trees() == before
