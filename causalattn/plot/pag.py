@@ -59,7 +59,7 @@ def draw_pag(
     Example:
         >>> pag = PAG.from_edges([(0, 1, "o->"), (2, 1, "-->")], ["storm", "sank", "ship"])
         >>> drawing = draw_pag(pag)
-        >>> drawing.name, drawing.caption.partition(":")[0]
+        >>> drawing.name, drawing.caption.partition(";")[0]
         ('pag', '2 edges among 3 tokens')
     """
     labels = [_label(name) for name in pag.names]
