@@ -20,6 +20,8 @@ RESULTS, README, PAGE = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "
 BEGIN, END = "<!-- bench/report.py -->", "<!-- end -->"
 # what README shows: operator and shape, in this order
 SHOWN = [
+    ("analyze of 6 layers", [1, 2048]),
+    ("analyze of 6 layers", [1, 8192]),
     ("attention causal", [1, 4, 4096, 64]),
     ("row statistics", [1, 4, 4096, 64]),
     ("row statistics", [1, 4, 16384, 64]),
@@ -33,6 +35,7 @@ SHOWN = [
     ("20000 tests of |S| = 2", [64, 64]),
     ("1000000 tests of |S| = 2", [64, 64]),
     ("discovery", [20, 20]),
+    ("discovery of a head to order 2", [256, 256]),
 ]
 DRAWN = "row statistics"
 # MiB below which a peak was not seen
