@@ -298,11 +298,13 @@ def test_bad_input(loaded):
         ("storm --replacement whale", "--replacement: 'whale' is not in the vocabulary of tinygpt2"),
     ],
 )
-def test_a_token_that_cannot_be_explained_is_named(gpt2, capsys, token, message):
+def test_a_token_that_cannot_be_explained_is_named(gpt2, tmp_path, capsys, token, message):
     command = ["discover", "--model", gpt2, "--text", SENTENCE, "--draws", "1", "--max-order", "0"]
     token, _, replacement = token.partition(" --replacement ")
     options = ["--replacement", replacement or "<b>"]
-    assert message in refused(capsys, *command, "--explain", token, *options)
+    assert message in refused(capsys, *command, "--explain", token, *options, "--save", str(tmp_path / "kept.json"))
+    # before anything was searched
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_head_without_structure_is_named(loaded):

@@ -122,12 +122,6 @@ def _search(arguments: argparse.Namespace, loaded: Loaded) -> dict:
     return search
 
 
-def _explain(measure: Callable, loaded: Loaded, inputs: dict, tokens: list[str], options: dict, progress) -> Explained:
-    from ..text_explanation import explain_text
-
-    return Explained(measure(progress=progress), explain_text(loaded.model, inputs, tokens, **options))
-
-
 def _target(token: str, tokens: list[str]) -> int | None:
     """The position of a token named by its text, or None for what follows."""
     from ..interventions.address import locate
