@@ -34,15 +34,16 @@ def attention(rng: np.random.Generator, spread: float = 1.0, causal: bool = Fals
 
 
 def exact(A: np.ndarray, tokens: list[int]) -> float:
-    """r of the last two rows given the others, by elimination."""
-    rows = [[mpmath.mpf(float(x)) for x in A[t]] for t in tokens]
-    gram = mpmath.matrix([[mpmath.fdot(x, y) for y in rows] for x in rows])
-    n = len(tokens)
-    for s in range(n - 2):
-        for a in range(s + 1, n):
-            for b in range(s + 1, n):
-                gram[a, b] -= gram[a, s] * gram[s, b] / gram[s, s]
-    return float(gram[n - 2, n - 1] / mpmath.sqrt(gram[n - 2, n - 2] * gram[n - 1, n - 1]))
+    """r of the last two rows given the others, by elimination with 50 digits."""
+    with mpmath.workdps(50):
+        rows = [[mpmath.mpf(float(x)) for x in A[t]] for t in tokens]
+        gram = mpmath.matrix([[mpmath.fdot(x, y) for y in rows] for x in rows])
+        n = len(tokens)
+        for s in range(n - 2):
+            for a in range(s + 1, n):
+                for b in range(s + 1, n):
+                    gram[a, b] -= gram[a, s] * gram[s, b] / gram[s, s]
+        return float(gram[n - 2, n - 1] / mpmath.sqrt(gram[n - 2, n - 2] * gram[n - 1, n - 1]))
 
 
 def inverse(R: np.ndarray, tokens: list[int]) -> float:
@@ -64,7 +65,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tests", type=int, default=300)
     count = parser.parse_args().tests
-    mpmath.mp.dps = 50
     print("| case, given tokens | float64 | float32 | float32 and rows | inverse, float64 | inverse, float32 |")
     print("|---|---|---|---|---|---|")
     for name, shape in CASES.items():

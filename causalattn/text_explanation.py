@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .analysis import capture
-from .discovery import Discovery, discover, explain
+from .discovery import Discovery, Explanations, discover, explain
 from .integrations.transformers.families import using
 from .text_discovery import TextCorrelations, in_order, text_correlations
 
@@ -92,26 +92,12 @@ class _Question(NamedTuple):
 
 
 def explain_text(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    tokens: Sequence[str],
-    *,
-    target: int | None = None,
-    tokenizer=None,
-    replacement: int | None = None,
-    special: Sequence[str] | None = None,
-    abduct: bool = True,
-    layer: int | None = None,
-    heads: Sequence[int] | None = None,
-    cut: float | None = None,
-    n: float | None = None,
-    alpha: float | None = None,
-    max_order: int | None = None,
-    max_size: int | None = None,
-    max_range: int | None = None,
-    batch: int = 64,
-    progress: Callable[[int, int], None] | None = None,
-) -> TextExplanation:
+    model: nn.Module, inputs: Mapping[str, Tensor], tokens: Sequence[str], *, target: int | None = None,
+    tokenizer=None, replacement: int | None = None, special: Sequence[str] | None = None, abduct: bool = True,
+    layer: int | None = None, heads: Sequence[int] | None = None, cut: float | None = None, n: float | None = None,
+    alpha: float | None = None, max_order: int | None = None, max_size: int | None = None,
+    max_range: int | None = None, batch: int = 64, progress: Callable[[int, int], None] | None = None,
+) -> TextExplanation:  # fmt: skip
     """Find the smallest sets of tokens whose replacement changes what a model predicts at a target, by CLEANN.
 
     The candidates are those of `discovery.explain`, of the graphs of all heads of one layer together. What is predicted
@@ -164,9 +150,7 @@ def explain_text(
         ('^', 7)
     """
     replacement = _replacement(tokenizer, replacement)
-    if isinstance(special, str):
-        raise TypeError(f"special must be a collection of tokens, got the string {special!r}")
-    special = set(getattr(tokenizer, "all_special_tokens", ()) if special is None else special)
+    special = _special(tokenizer, special)
     mask = getattr(tokenizer, "mask_token_id", None)
     _check_inputs(inputs, tokens)
     _check_model(model, replacement)
@@ -181,17 +165,24 @@ def explain_text(
         maps = text_correlations(model, question.read, words, chosen, layer, heads)
         graphs = head_graphs(maps, heads, cut=cut, n=n, alpha=alpha, max_order=max_order)
         tester = Replacement(question.choose, question.asked, replacement, chosen)
-        at = chosen.index(target)
-        explained = explain(
-            graphs.values(), at, tester, max_size=max_size, max_range=max_range, batch=batch, progress=progress
-        )  # fmt: skip
+        bounds = {"max_size": max_size, "max_range": max_range, "batch": batch, "progress": progress}
+        explained = explain(graphs.values(), chosen.index(target), tester, **bounds)
+    return _explanation(question, words, chosen, name, maps, graphs, tester, explained)
+
+
+def _explanation(
+    question: _Question, words: list[str], chosen: list[int], name: Callable[[int], str], maps: TextCorrelations,
+    graphs: dict[int, Discovery], tester: Replacement, explained: Explanations,
+) -> TextExplanation:  # fmt: skip
+    """What was found, by name: node n of the graphs is the token at chosen[n]."""
     found = [
         _found(each.tokens, each.distance, chosen, words, name(tester.after[each.tokens])) for each in explained.found
     ]
+    at = chosen.index(question.target)
     adjacent = len({token for graph in graphs.values() for token in graph.pag.adjacent(at)})
     used = next(iter(graphs.values())).cuts[0]
     return TextExplanation(
-        words, target, name(tester.before), found, replacement, maps.layer, [*graphs], used, adjacent,
+        words, question.target, name(tester.before), found, tester.replacement, maps.layer, [*graphs], used, adjacent,
         explained.tested, tester.forwards,
     )  # fmt: skip
 
@@ -297,6 +288,12 @@ def _words(ids: list[int], given: list[int], tokens: Sequence[str], name: Callab
 def _found(nodes: tuple[int, ...], distance: int, chosen: list[int], words: list[str], prediction: str) -> ReplacedSet:
     positions = [chosen[node] for node in nodes]
     return ReplacedSet(positions, [words[t] for t in positions], distance, prediction)
+
+
+def _special(tokenizer, given: Sequence[str] | None) -> set[str]:
+    if isinstance(given, str):
+        raise TypeError(f"special must be a collection of tokens, got the string {given!r}")
+    return set(getattr(tokenizer, "all_special_tokens", ()) if given is None else given)
 
 
 def _replacement(tokenizer, given: int | None) -> int:

@@ -10,6 +10,7 @@ from correlations import ROUNDINGS, attention, correlation, smallest_pivot, some
 from helpers import DEVICE, PATHS, SEEDS, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
+from partial_corr_accuracy import exact
 
 import causalattn as ca
 from causalattn.partial_corr.factor import pivot_floor
@@ -31,19 +32,6 @@ def specified(R, i, j, given):
     tests = zip(i.tolist(), j.tolist(), sets(given), strict=True)
     found = [reference.partial_correlation(to_numpy(R), *test) for test in tests]
     return np.array([r for r, _ in found]), np.array([status for _, status in found])
-
-
-def exact(A, tokens):
-    """r of rows of A, the last two given the others, by elimination with 50 digits."""
-    with mpmath.workdps(50):
-        rows = [[mpmath.mpf(float(x)) for x in A[t]] for t in tokens]
-        gram = mpmath.matrix([[mpmath.fdot(x, y) for y in rows] for x in rows])
-        n = len(tokens)
-        for s in range(n - 2):
-            for a in range(s + 1, n):
-                for b in range(s + 1, n):
-                    gram[a, b] -= gram[a, s] * gram[s, b] / gram[s, s]
-        return float(gram[n - 2, n - 1] / mpmath.sqrt(gram[n - 2, n - 2] * gram[n - 1, n - 1]))
 
 
 @pytest.mark.parametrize("backend", PATHS)
