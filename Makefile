@@ -24,7 +24,7 @@ lint: .venv/.stamp
 	$(BIN)/ruff format --check .
 
 bench: .venv/.stamp
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m pytest bench $(if $(LONG),--long)
 	$(BIN)/python bench/report.py
 
 bench-compare: .venv/.stamp

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,13 +17,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 OURS = "causalattn"
 ROWS: list[dict] = []
+MINUTE = 60
 
 # (heads, T, D): a layer of 32 heads on a GPU; what an eager peer takes seconds for on two cores
 if DEVICE == "cuda":
     SHORT = LONG = [(32, T, D) for D in (64, 128) for T in (4096, 16384)]
 else:
     SHORT = [(4, T, 64) for T in (1024, 4096)]
-    LONG = [*SHORT, (4, 16384, 64), (4, 32768, 64)]
+    LONG = [*SHORT, (4, 16384, 64), pytest.param((4, 32768, 64), marks=pytest.mark.long)]
 
 
 def name_of(shape) -> str:
@@ -122,7 +124,14 @@ def add_bandwidth(moved: int, reference: str = "copy") -> None:
 
 
 def unmeasured(operator: str, peer: str, q: Tensor, reason: str, **estimates: float) -> None:
-    ROWS.append({"operator": operator, "peer": peer, "shape": list(q.shape), "ms": None, "reason": reason, **estimates})
+    """A row that says why it has no time."""
+    ROWS.append({**case_of(operator, peer, q), "ms": None, "reason": reason, **estimates, **versions()})
+
+
+def case_of(operator: str, peer: str, q: Tensor) -> dict[str, object]:
+    """What a row is of."""
+    dtype = str(q.dtype).removeprefix("torch.")
+    return {"operator": operator, "peer": peer, "shape": list(q.shape), "dtype": dtype, "device": device()}
 
 
 @functools.cache
@@ -132,7 +141,9 @@ def room() -> int:
 
 
 def seconds(benchmark, function: Callable, args: tuple, first: float) -> list[float]:
-    """Times of calls after the first, which took so long."""
+    """Times of calls after the first, which took so long; of a call of minutes the first is the only one."""
+    if first > MINUTE:
+        return [first]
     if DEVICE == "cpu":
         benchmark.pedantic(function, args, rounds=5 if first < 1 else 2 if first < 10 else 1)
         return benchmark.stats.stats.data
@@ -143,23 +154,29 @@ def seconds(benchmark, function: Callable, args: tuple, first: float) -> list[fl
     return [ms / 1e3 for ms in times]
 
 
-def peak_bytes(function: Callable, args: tuple) -> int:
-    """Bytes that one call holds at most beyond what was held before it."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function(*args)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    if platform.system() != "Linux":
-        return 0
-    # freed pages that the process still holds would be used again unseen
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    function(*args)
-    return max(0, _status("VmHWM") - before)
+class Peak:
+    """Of a `with` block the bytes held at most beyond what was held before it."""
+
+    bytes: int = 0
+
+    def __enter__(self) -> "Peak":
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        elif platform.system() == "Linux":
+            # freed pages that the process still holds would be used again unseen
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _status("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+        elif platform.system() == "Linux":
+            self.bytes = max(0, _status("VmHWM") - self._before)
 
 
 def _status(field: str) -> int:

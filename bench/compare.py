@@ -1,9 +1,10 @@
 """How much slower or faster every operator is than at another revision, both run in turn on this machine.
 
-    python bench/compare.py BASE [--tokens 1024] [--rounds 3] [--worse 1.5]
+    python bench/compare.py [BASE] [--tokens 1024] [--rounds 3] [--worse 1.5]
 
-A worktree of BASE and this tree run `causalattn bench operators` alternately; a ratio is of the least medians. The exit
-code is 1 where one is above --worse.
+A worktree of BASE and this tree run `causalattn bench operators` alternately; a ratio is of the least medians. Where one
+is above --worse both run again, as often as --rounds says, before the exit code is 1. Without BASE it is the revision
+that measured what README shows.
 """
 
 import argparse
@@ -25,27 +26,38 @@ class Failed(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("base", help="a revision that has the command")
+    parser.add_argument("base", nargs="?", help="a revision that has the command (default: that of bench/results)")
     parser.add_argument("--tokens", default="1024")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worse", type=float, default=1.5)
     arguments = parser.parse_args(argv)
     try:
-        with worktree(arguments.base) as base:
-            trees = {"base": base, "here": ROOT}
-            runs = [
-                {name: times(tree, arguments.tokens) for name, tree in trees.items()} for _ in range(arguments.rounds)
-            ]
+        revision = arguments.base or measured_at()
+        with worktree(revision) as base:
+            trees, runs = {"base": base, "here": ROOT}, []
+            for done in range(2 * arguments.rounds):
+                if done >= arguments.rounds and not slower(runs, arguments.worse):
+                    break
+                runs.append({name: times(tree, arguments.tokens) for name, tree in trees.items()})
     except Failed as error:
         print(f"compare: error: {error}", file=sys.stderr)
         return 2
-    ratios = compared(runs)
-    for name, (before, now) in ratios.items():
+    for name, (before, now) in compared(runs).items():
         print(f"{name:<34}  {before:>10.2f}  {now:>10.2f}  {now / before:>6.2f} ×")
-    slower = [name for name, (before, now) in ratios.items() if now > arguments.worse * before]
-    if slower:
-        print(f"more than {arguments.worse} × as slow as {arguments.base}: {', '.join(slower)}", file=sys.stderr)
-    return 1 if slower else 0
+    worse = slower(runs, arguments.worse)
+    if worse:
+        print(f"more than {arguments.worse} × as slow as {revision}: {', '.join(worse)}", file=sys.stderr)
+    return 1 if worse else 0
+
+
+def slower(runs: Sequence[dict[str, dict[str, float]]], worse: float) -> list[str]:
+    """The operators that take more than so many times as long as at the base."""
+    return [name for name, (before, now) in compared(runs).items() if now > worse * before]
+
+
+def measured_at() -> str:
+    """The revision at which bench/results was written last."""
+    return _run(["git", "log", "-1", "--format=%h", "--", "results"]).strip()
 
 
 def compared(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, tuple[float, float]]:

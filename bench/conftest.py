@@ -6,7 +6,21 @@ import time
 from pathlib import Path
 
 import pytest
-from cases import OURS, ROWS, ceilings, device, peak_bytes, quantile, room, seconds, stated_bound, unmeasured, versions
+from cases import (
+    DEVICE, MINUTE, OURS, ROWS, Peak, case_of, ceilings, device, quantile, room, seconds, stated_bound, unmeasured,
+    versions,
+)  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the cases of minutes too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture
@@ -24,7 +38,8 @@ def measure(benchmark):
             return
         start = time.perf_counter()
         try:
-            result = function(*args)
+            with Peak() as peak:
+                result = function(*args)
         except Exception as error:
             if peer == OURS:
                 raise
@@ -36,20 +51,22 @@ def measure(benchmark):
             check(result)
         del result
         times = seconds(benchmark, function, args, first)
+        if first < MINUTE:
+            with Peak() as peak:
+                function(*args)
         row = {
-            "operator": operator,
-            "peer": peer,
-            "shape": list(q.shape),
-            "dtype": str(q.dtype).removeprefix("torch."),
-            "device": device(),
+            **case_of(operator, peer, q),
             "ms": {f"p{p}": 1e3 * quantile(times, p / 100) for p in (20, 50, 80)},
             "gflops": flops / quantile(times, 0.5) / 1e9,
-            "peak_mib": peak_bytes(function, args) / 2**20,
+            "peak_mib": peak.bytes / 2**20,
             **versions(),
         }
         if exps or moved:
             row["bound_ms"], row["bound_by"] = stated_bound(flops, exps, moved)
             row["of_bound"] = row["bound_ms"] / row["ms"]["p50"]
+            row["ceilings"] = ceilings()._asdict()
+        if moved:
+            row["flops_per_byte"] = flops / moved
         ROWS.append(row)
 
     return run
@@ -65,6 +82,7 @@ def pytest_configure(config):
     # a peer that was not run, and what one that cannot run complains of before it says so
     for message in ("Benchmark fixture was not used", ".*attention", "Expected query, key and value"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
+    config.addinivalue_line("markers", "long: minutes a call; runs with --long")
 
 
 def pytest_sessionfinish(session):
@@ -75,7 +93,7 @@ def pytest_sessionfinish(session):
     if ROWS:
         folder = Path(os.environ.get("RESULTS", "bench/results"))
         folder.mkdir(parents=True, exist_ok=True)
-        name = "".join(c if c.isalnum() else "-" for c in device().lower().split(",")[0]).strip("-")
+        name = "cpu" if DEVICE == "cpu" else "".join(c if c.isalnum() else "-" for c in device().lower())
         path = folder / f"{name}.json"
         before = json.loads(path.read_text("utf-8")) if path.exists() else []
         rows = json.dumps(joined(before, ROWS), indent=1, ensure_ascii=False)
@@ -83,7 +101,8 @@ def pytest_sessionfinish(session):
 
 
 def joined(before: list[dict], rows: list[dict]) -> list[dict]:
-    """The rows that were there, each in its place or replaced where it was measured again, and the new ones."""
+    """The rows of this machine that were there, in place or replaced where measured again, and the new ones."""
+    before = [row for row in before if row["device"] == rows[0]["device"]]
     new = {_key(row): row for row in rows}
     kept = [new.pop(_key(row), row) for row in before]
     return kept + list(new.values())

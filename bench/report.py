@@ -1,7 +1,7 @@
-"""README's table, docs/speed.md and its figure from what `make bench` measured.
+"""README's tables, docs/speed.md, docs/predicted.md and their figures from what was measured.
 
 python bench/report.py            write them
-python bench/report.py --check    fail where README or docs/speed.md differ from bench/results
+python bench/report.py --check    fail where a page differs from bench/results and bench/counts.json
 """
 
 import argparse
@@ -10,15 +10,17 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import predict
 from cases import OURS
+from figures import growth, peak, roofline
 
-from causalattn.plot import Drawing
-from causalattn.plot.drawing import BLUE, GREY, ORANGE, sheet
+from causalattn.complexity import LINEAR, SOFTMAX, Complexity, Point, crossover, fitted_exponent
+from causalattn.plot.complexity import draw_complexity
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, README, PAGE = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs" / "speed.md"
-BEGIN, END = "<!-- bench/report.py -->", "<!-- end -->"
-# what README shows: operator and shape, in this order
+RESULTS, README, DOCS = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs"
+BEGIN, END = "<!-- bench/report.py: {} -->", "<!-- end -->"
+# what README shows: operator and tokens, in this order
 SHOWN = [
     ("analyze of 6 layers", [1, 2048]),
     ("analyze of 6 layers", [1, 8192]),
@@ -37,10 +39,6 @@ SHOWN = [
     ("discovery", [20, 20]),
     ("discovery of a head to order 2", [256, 256]),
 ]
-DRAWN = "row statistics"
-# MiB below which a peak was not seen
-SEEN = 0.5
-MARKS = {OURS: (BLUE, "o"), "eager torch": (ORANGE, "s"), "SDPA forward": (GREY, "^")}
 
 
 def main() -> None:
@@ -48,7 +46,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the files differ")
     check = parser.parse_args().check
     rows = measured()
-    wanted = {README: with_table(README.read_text("utf-8"), readme_table(rows)), PAGE: page(rows)}
+    wanted = {
+        README: with_blocks(README.read_text("utf-8"), {"speed": readme_table(rows), "linear": softmax_or_linear(rows)}),
+        DOCS / "speed.md": page(rows),
+        DOCS / "predicted.md": predict.page(predict.stored(), rows),
+    }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
     if check:
         for path in stale:
@@ -56,33 +58,85 @@ def main() -> None:
         sys.exit(1 if stale else 0)
     for path in stale:
         path.write_text(wanted[path], "utf-8")
-    PAGE.with_suffix(".png").write_bytes(draw(rows).png())
+    first = next(iter(devices(rows).values()))
+    for drawing in (growth(first), roofline(first), draw_complexity(complexity(first))):
+        (DOCS / f"{drawing.name}.png").write_bytes(drawing.png())
 
 
 def measured(folder: Path = RESULTS) -> list[dict]:
-    """The rows of every device."""
-    return [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text("utf-8"))]
+    """The rows of every device, GPUs first."""
+    files = sorted(folder.glob("*.json"), key=lambda path: (path.stem == "cpu", path.stem))
+    return [row for path in files for row in json.loads(path.read_text("utf-8"))]
+
+
+def devices(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """The rows by their devices."""
+    return {name: [x for x in rows if x["device"] == name] for name in dict.fromkeys(row["device"] for row in rows)}
 
 
 def readme_table(rows: Sequence[dict]) -> str:
-    """A line an operator: ours, and how many times as long the others take."""
-    lines = ["| | shape | ms | others take, in times ours |", "|---|---|---|---|"]
-    for operator, shape in SHOWN:
-        found = [row for row in rows if row["operator"] == operator and row["shape"] == shape]
-        mine = next((row for row in found if row["peer"] == OURS), None)
-        if mine is not None:
-            others = "; ".join(_beside(row) for row in found if row["peer"] != OURS)
-            lines.append(f"| {_cell(operator)} | {_shape(shape)} | {_number(mine['ms']['p50'])} | {others} |")
-    return "\n".join([*lines, "", f"{_where(rows)} [docs/speed.md](docs/speed.md) has every row."])
+    """A table a device, a line an operator: ours, and how many times as long the others take."""
+    parts = []
+    for device, own in devices(rows).items():
+        lines = ["| | shape | ms | others take, in times ours |", "|---|---|---|---|"]
+        for operator, shape in SHOWN:
+            found = [row for row in own if row["operator"] == operator and row["shape"] == shape]
+            mine = next((row for row in found if row["peer"] == OURS), None)
+            if mine is not None:
+                others = "; ".join(_beside(row) for row in found if row["peer"] != OURS)
+                lines.append(f"| {_cell(operator)} | {_shape(shape)} | {_number(mine['ms']['p50'])} | {others} |")
+        parts += ["\n".join(lines), f"Medians in one run each, {own[0]['dtype']} where nothing else is said: {device}."]
+    return "\n\n".join(parts) + " [docs/speed.md](docs/speed.md) has every row."
 
 
-def with_table(text: str, table: str) -> str:
-    """README with the table between its marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README must hold {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+def softmax_or_linear(rows: Sequence[dict]) -> str:
+    """A sentence a device: how both grow, and where they cross."""
+    return "\n".join(_verdict(complexity(own)) for own in devices(rows).values())
+
+
+def complexity(rows: Sequence[dict]) -> Complexity:
+    """Causal softmax and linear attention of one text, from the rows of both."""
+    times = {}
+    for row in rows:
+        if row["operator"] == "linear attention" and row["shape"][0] == 1 and row["shape"][3] == 64 and row["ms"]:
+            times.setdefault(row["shape"][2], {})[row["peer"]] = row
+    points = [
+        Point(T, *(found[peer]["ms"]["p50"] if peer in found else None for peer in ("SDPA causal", OURS)))
+        for T, found in sorted(times.items())
+    ]
+    row = next(iter(times.values()))[OURS]
+    return Complexity(
+        tuple(points),
+        {name: fitted_exponent(points, name) for name in (SOFTMAX, LINEAR)},
+        crossover(points),
+        f"One text, {row['shape'][1]} heads, D = {row['shape'][3]}, {row['dtype']}",
+        row["device"],
+    )
+
+
+def _verdict(found: Complexity) -> str:
+    powers = [f"{name} attention grows as T^{power:.2f}" for name, power in found.exponents.items()]
+    longest = max((point for point in found.points if point.ratio), key=lambda point: point.T)
+    if found.crossover is None:
+        crossing = "softmax is the faster at every length timed"
+    else:
+        crossing = f"softmax is the faster below about {round(found.crossover, -1):,.0f} tokens"
+    return (
+        f"{found.shape}, on {found.device}: {', '.join(powers)}; {crossing}, and at {longest.T:,} tokens takes "
+        f"{longest.ratio:.2g} times as long."
+    )
+
+
+def with_blocks(text: str, blocks: dict[str, str]) -> str:
+    """README with each block between its marks."""
+    for name, block in blocks.items():
+        mark = BEGIN.format(name)
+        before, begin, rest = text.partition(mark)
+        _, end, after = rest.partition(END)
+        if not begin or not end:
+            raise ValueError(f"README must hold {mark} and {END}")
+        text = f"{before}{mark}\n{block}\n{END}{after}"
+    return text
 
 
 def page(rows: Sequence[dict]) -> str:
@@ -94,11 +148,21 @@ def page(rows: Sequence[dict]) -> str:
         "take at this machine's measured rates, [in NOTES](../bench/NOTES.md); MiB is the peak beside what was there "
         "before, none where that was enough. A row that was not measured says why. Made by `python bench/report.py` "
         "of `bench/results/`.",
-        f"![{CAPTION}](speed.png)",
     ]
-    for operator in dict.fromkeys(row["operator"] for row in rows):
-        parts += [f"## {operator}", "\n".join(_lines([row for row in rows if row["operator"] == operator]))]
+    for n, (device, own) in enumerate(devices(rows).items()):
+        parts.append(f"# {device}")
+        if not n:
+            parts += [f"![{drawing.caption}]({drawing.name}.png)" for drawing in (growth(own), roofline(own))]
+        parts.append(_ceilings(own))
+        for operator in dict.fromkeys(row["operator"] for row in own):
+            parts += [f"## {operator}", "\n".join(_lines([row for row in own if row["operator"] == operator]))]
     return "\n\n".join(parts) + "\n"
+
+
+def _ceilings(rows: Sequence[dict]) -> str:
+    found = [row["ceilings"] for row in rows if row.get("ceilings")]
+    matmul, copy, exp2 = (max(each[name] for each in found) for name in ("matmul", "copy", "exp2"))
+    return f"Measured rates: product {matmul / 1e9:,.0f} GFLOP/s, copy {copy / 1e9:.3g} GB/s, {exp2:.3g} exp2 a second."
 
 
 def _lines(rows: Iterable[dict]) -> Iterator[str]:
@@ -111,44 +175,10 @@ def _lines(rows: Iterable[dict]) -> Iterator[str]:
             time = f"{_number(row['ms']['p50'])} ({_number(row['ms']['p20'])} … {_number(row['ms']['p80'])})"
         cells = [
             _shape(row["shape"]), _cell(row["peer"]), time, _number(row.get("ratio")), _rate(row),
-            f"{row['of_bound']:.0%}" if row.get("of_bound") else "", _number(_weight(row)),
-            f"{row['torch']}, {row['commit']}" if row.get("commit") else "",
+            f"{row['of_bound']:.0%} {row['bound_by']}" if row.get("of_bound") else "", _number(peak(row)),
+            f"{row['torch']}, {row['commit']}",
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
-
-
-CAPTION = "Time and peak memory of row statistics against T. Hollow: eager torch, its matrix estimated and not formed."
-
-
-def draw(rows: Sequence[dict]) -> Drawing:
-    """Time and peak memory of one operator against T, and where eager's memory is an estimate."""
-    figure = sheet(9, 3.9, f"{DRAWN}, 4 heads, D = 64, float32: {_devices(rows)}")
-    panels = figure.subplots(1, 2)
-    for peer, (colour, mark) in MARKS.items():
-        found = sorted((row for row in rows if (row["operator"], row["peer"]) == (DRAWN, peer)), key=_length)
-        timed = [row for row in found if row["ms"]]
-        style = {"color": colour, "marker": mark, "markersize": 5, "linewidth": 1.6}
-        panels[0].plot([*map(_length, timed)], [row["ms"]["p50"] for row in timed], label=peer, **style)
-        weighed = [row for row in timed if _weight(row)]
-        panels[1].plot([*map(_length, weighed)], [row["peak_mib"] for row in weighed], label=peer, **style)
-        guessed = [row for row in found if row["ms"] is None and row.get("peak_mib")]
-        x, y = [*map(_length, guessed)], [row["peak_mib"] for row in guessed]
-        panels[1].plot(x, y, linestyle="", marker=mark, color=colour, fillstyle="none", markersize=6)
-    for axes, label in zip(panels, ("milliseconds a call", "peak MiB (hollow: estimated, not run)"), strict=True):
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        lengths = sorted({_length(row) for row in rows if row["operator"] == DRAWN})
-        axes.set_xticks(lengths, [f"{T // 1024}k" for T in lengths])
-        axes.minorticks_off()
-        axes.set(xlabel="tokens T", ylabel=label)
-        axes.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=9)
-    return Drawing("speed", figure, CAPTION)
-
-
-def _length(row: dict) -> int:
-    return row["shape"][-2]
 
 
 def _beside(row: dict) -> str:
@@ -169,25 +199,12 @@ def _rate(row: dict) -> str:
     return f"{row['gflops']:.3g} GFLOP/s" if row.get("gflops") else ""
 
 
-def _where(rows: Sequence[dict]) -> str:
-    return f"Medians in one run each, float32 where nothing else is said: {_devices(rows)}."
-
-
-def _devices(rows: Sequence[dict]) -> str:
-    return ", ".join(dict.fromkeys(row["device"] for row in rows if row.get("device")))
-
-
 def _shape(shape: Sequence[int]) -> str:
     return " × ".join(f"{size:,}" for size in shape)
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
-
-
-def _weight(row: dict) -> float | None:
-    """Peak MiB, None where the process held what it needed already, so that nothing was seen to grow."""
-    return row["peak_mib"] if row.get("peak_mib", 0) >= SEEN else None
 
 
 def _number(value: float | None) -> str:

@@ -10,7 +10,8 @@ import causalattn as ca
 
 transformers = pytest.importorskip("transformers")
 
-LENGTHS = (512, 2048, 8192)
+LENGTHS = (512, 2048, 4096, 8192, pytest.param(32768, marks=pytest.mark.long))
+LONGEST = 32768
 LAYERS, HEADS, WIDTH = 6, 12, 384
 WANT = ("entropy", "sum_sq", "below", "received")
 
@@ -20,7 +21,7 @@ def encoder():
     """MiniLM's shape with room for long texts, random weights."""
     config = transformers.BertConfig(
         hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=4 * WIDTH,
-        max_position_embeddings=LENGTHS[-1],
+        max_position_embeddings=LONGEST,
     )  # fmt: skip
     torch.manual_seed(0)
     return transformers.BertModel(config).eval().to(DEVICE)

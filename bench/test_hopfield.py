@@ -23,10 +23,11 @@ def attention(patterns, state):
     return ca.attention(state[None, None], patterns[None, None], patterns[None, None], scale=BETA).out[0, 0]
 
 
+FORMED = "hflayers style, associations formed"
 PEERS = {
     OURS: ours,
     "causalattn attention": attention,
-    "eager torch": peers.eager_hopfield,
+    FORMED: peers.eager_hopfield,
     "SDPA": peers.sdpa_hopfield,
 }
 
@@ -53,5 +54,5 @@ def test_hopfield_retrieve(measure, N, peer):
     measure(
         "hopfield retrieve", peer, PEERS[peer], patterns, state,
         flops=4 * scores * D, exps=scores, moved=patterns.nbytes + 2 * state.nbytes,
-        needs=2 * 4 * scores if peer == "eager torch" else 0, check=check,
+        needs=2 * 4 * scores if peer == FORMED else 0, check=check,
     )  # fmt: skip

@@ -15,10 +15,12 @@ if DEVICE == "cuda":
     # (B, heads, T, D)
     ONE = [(1, 32, T, D) for D in (64, 128) for T in (512, 1024, 4096, 32768, 262144)] + [(1, 16, 32768, 256)]
     CONSTANT = [(65536 // T, 16, T, 128) for T in (512, 1024, 4096, 16384)]
+    TRAINED = ONE[1:3] + CONSTANT[:1]
     LONGEST = {"SDPA causal": 131072, "torch loop": 4096}
 else:
-    ONE = [(1, 4, T, 64) for T in (512, 4096, 16384, 65536, 262144)]
+    ONE = [(1, 4, T, 64) for T in (256, 512, 1024, 4096, 16384, 65536, 262144)]
     CONSTANT = [(16384 // T, 4, T, 64) for T in (512, 2048)]
+    TRAINED = [(1, 4, 4096, 64), (1, 4, 16384, 64), CONSTANT[0]]
     LONGEST = {"SDPA causal": 16384, "torch loop": 16384}
 DECAYS = pytest.mark.parametrize("decay", ["none", "step", "feature"])
 
@@ -86,7 +88,7 @@ def gradients(attend, *tensors):
 
 @pytest.mark.parametrize("peer", [OURS, "SDPA causal", "fla"])
 @DECAYS
-@pytest.mark.parametrize("shape", ONE[1:3] + CONSTANT[:1], ids=lambda shape: "B{}-H{}-T{}-D{}".format(*shape))
+@pytest.mark.parametrize("shape", TRAINED, ids=lambda shape: "B{}-H{}-T{}-D{}".format(*shape))
 def test_linear_attention_backward(measure, shape, decay, peer):
     if peer == "SDPA causal":
         if decay != "none":
