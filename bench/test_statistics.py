@@ -5,7 +5,7 @@ import functools
 import peers
 import pytest
 import torch
-from cases import DEVICE, LONG, OURS, SHORT, first_head, inputs, name_of, some_rows, work
+from cases import DEVICE, LONG, OURS, SHORT, first_head, inputs, name_of, some_rows, unmeasured, work
 
 import causalattn as ca
 from causalattn.statistics import ROW_STATISTICS
@@ -70,7 +70,7 @@ DAG_SCORES = {
 
 
 @pytest.mark.parametrize("peer", [*DAG_SCORES, "SDPA forward"])
-@pytest.mark.parametrize("shape", HEAD_SET, ids=name_of)
+@pytest.mark.parametrize("shape", LONG, ids=name_of)
 def test_dag_score(measure, shape, peer):
     q, k, v = inputs(*shape)
     if peer == "SDPA forward":
@@ -110,6 +110,9 @@ def measure_entropy(measure, operator, shape, causal, peer):
 @pytest.mark.parametrize("peer", [*ENTROPIES, "stock kernel, lse at 2s", "SDPA forward"])
 @pytest.mark.parametrize("shape", HEAD_SET, ids=name_of)
 def test_row_statistics(measure, shape, peer):
+    if shape[1] > 32768 and peer.startswith("stock"):
+        unmeasured("row statistics", peer, inputs(*shape)[0], "too long, not run")
+        return
     if peer != "stock kernel, lse at 2s":
         measure_entropy(measure, "row statistics", shape, False, peer)
         return
