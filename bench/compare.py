@@ -2,9 +2,9 @@
 
     python bench/compare.py [BASE] [--tokens 1024] [--rounds 3] [--worse 1.5]
 
-A worktree of BASE and this tree run `causalattn bench operators` alternately; a ratio is of the least medians. Where one
-is above --worse both run again, as often as --rounds says, before the exit code is 1. Without BASE it is the revision
-that measured what README shows.
+A worktree of BASE and this tree run `causalattn bench operators` alternately; a ratio is of the least medians. Where
+one is above --worse both run again, as often as --rounds says, before the exit code is 1. Without BASE it is the
+revision that measured what README shows.
 """
 
 import argparse

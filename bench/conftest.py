@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 from cases import (
-    DEVICE, MINUTE, OURS, ROWS, Peak, case_of, ceilings, device, quantile, room, seconds, stated_bound, unmeasured,
+    DEVICE,
+    MINUTE,
+    OURS,
+    ROWS,
+    Peak,
+    case_of,
+    ceilings,
+    device,
+    quantile,
+    room,
+    seconds,
+    stated_bound,
+    unmeasured,
     versions,
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ LANES, SPECIAL = 128, 16
 
 
 class Gpu(NamedTuple):
-    """Published: multiprocessors, boost clock in Hz, dense bfloat16 FLOPs a clock and multiprocessor, bytes a second."""
+    """Published: multiprocessors, boost clock in Hz, dense bfloat16 FLOPs a clock and each of them, bytes a second."""
 
     name: str
     multiprocessors: int
@@ -144,7 +144,8 @@ def _rates() -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for gpu in GPUS.values():
         peak = gpu.multiprocessors * gpu.clock * gpu.flops / 1e12
-        yield f"| {gpu.name} | {gpu.multiprocessors} | {gpu.clock / 1e9:.3g} | {peak:.0f} | {gpu.bandwidth / 1e12:.3g} |"
+        rates = f"{gpu.clock / 1e9:.3g} | {peak:.0f} | {gpu.bandwidth / 1e12:.3g}"
+        yield f"| {gpu.name} | {gpu.multiprocessors} | {rates} |"
 
 
 def stored() -> dict[str, Count]:

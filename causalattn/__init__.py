@@ -1,6 +1,6 @@
 """Everything people compute from an attention matrix, computed from q and k without the matrix."""
 
-from . import conventions, dense, discovery, experiments, feature_maps, integrations, masks
+from . import conventions, dense, discovery, distributed, experiments, feature_maps, integrations, masks
 from .analysis import HeadScores, Report, analyze, capture
 from .attention import (
     AttentionMap,
@@ -107,6 +107,7 @@ __all__ = [
     "dense",
     "discover_text",
     "discovery",
+    "distributed",
     "do",
     "edge_effects",
     "experiments",

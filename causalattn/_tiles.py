@@ -45,15 +45,8 @@ class Head:
         self._bounds = None if q.is_cuda else _bounds(self.start, self.stop, self.T)
 
     def normalizer(self, m_i: Tensor, l_i: Tensor) -> tuple[Tensor, Tensor]:
-        """From a row's maximum and sum, with the learned sink: its lse in base 2 and exp2(m_i − lse), in float64."""
-        m_i, empty = m_i.double(), l_i == 0
-        sink = m_i if self.logits.sink is None else self.logits.sink[self.h].double() * LOG2E
-        pivot = torch.maximum(m_i, sink)
-        total = l_i * torch.exp2(m_i - pivot)
-        if self.logits.sink is not None:
-            total += torch.exp2(sink - pivot)
-        lse = (torch.log2(total) + pivot).masked_fill(empty, -torch.inf)
-        return lse, torch.exp2(m_i - lse.masked_fill(empty, torch.inf))
+        """As `normalizer`, with the head's learned sink."""
+        return normalizer(m_i, l_i, None if self.logits.sink is None else self.logits.sink[self.h])
 
     def row_blocks(self) -> range:
         return range(0, self.T, BLOCK)
@@ -122,6 +115,18 @@ class Head:
         if self.slope is not None:
             positions = torch.arange(m, m + BLOCK, device=x.device) + self.logits.offset
             x.sub_((positions[:, None] - self.keys[n : n + BLOCK]).abs_() * self.slope)
+
+
+def normalizer(m_i: Tensor, l_i: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """From a row's maximum in base 2 and its sum, with a sink: its lse in base 2 and exp2(m_i − lse), in float64."""
+    m_i, empty = m_i.double(), l_i == 0
+    sink = None if sink is None else sink.double() * LOG2E
+    pivot = m_i if sink is None else torch.maximum(m_i, sink)
+    total = l_i * torch.exp2(m_i - pivot)
+    if sink is not None:
+        total += torch.exp2(sink - pivot)
+    lse = (torch.log2(total) + pivot).masked_fill(empty, -torch.inf)
+    return lse, torch.exp2(m_i - lse.masked_fill(empty, torch.inf))
 
 
 def heads(q: Tensor, k: Tensor, logits: Logits) -> Iterator[Head]:

@@ -110,7 +110,7 @@ def analyze(
     if isinstance(want, str):
         want = AttentionStats._fields if want == "all" else (want,)
     kept = set(want)
-    texts = _tokens(inputs, tokens)
+    texts = resolve_tokens(inputs, tokens)
     heads = None if heads is None else list(heads)
     found: dict[int, tuple] = {}
 
@@ -186,7 +186,7 @@ def each_layer(model: nn.Module, inputs: Mapping, layers: Iterable[int] | None, 
         return visit(layer, call, len(modules))
 
     with using(model), torch.no_grad(), recording(record):
-        model(**_cheapest(model, inputs))
+        model(**cheapest(model, inputs))
 
 
 @contextmanager
@@ -198,7 +198,7 @@ def recording(record):
         recorder.reset(token)
 
 
-def _cheapest(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict:
+def cheapest(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict:
     """The inputs, without a cache and without logits for every token: neither changes what attention sees."""
     takes = inspect.signature(model.forward).parameters
     extra = {"use_cache": False}
@@ -267,40 +267,58 @@ def window_probs(call: AttentionCall, window: range, *, sequence: int = 0) -> Te
 
 
 def _score(call: AttentionCall, stats: AttentionStats, null: bool, asymmetry: bool) -> HeadScores:
-    start, stop, _, offset = call.intervals
+    start, stop, *_ = call.intervals
     S, T = call.k.shape[2], call.q.shape[2]
-    causal = bool((stop <= offset + torch.arange(1, T + 1, device=stop.device)).all())
     exact = null and (call.bias is None or not bool(call.bias.isneginf().any()))
 
-    def against_null(intervals: Intervals, *want: str) -> tuple[Null, AttentionStats]:
-        options = call.options() | {"mask": intervals}
-        stats = attention_stats(call.q, call.k, want=(*SCORED, *want), columns=(), **options)
-        return null_from_stats(stats, intervals, S, "dag_score"), stats
+    def measure(intervals: Intervals, want: set[str]) -> AttentionStats:
+        return attention_stats(call.q, call.k, want=want, columns=(), **call.options() | {"mask": intervals})
 
-    unmasked = unmasked_asymmetry = None
-    if causal and exact:
-        unmasked, whole = against_null(_whole(call), *["asymmetry"] * (asymmetry and T == S))
-        unmasked_asymmetry = whole.asymmetry and whole.asymmetry.ratio
     scores = None
     if T == S:
         # a zeroed query and key leave no trace in a padded token's row and column
         real = (stop > start)[:, None, :, None]
         scores = score_asymmetry(call.q * real, call.k * real)
+    return head_scores(measure, stats, call.intervals, call.last, S, exact, asymmetry and T == S, scores)
+
+
+def head_scores(
+    measure: Callable[[Intervals, set[str]], AttentionStats],
+    stats: AttentionStats,
+    intervals: Intervals,
+    last: Tensor,
+    S: int,
+    exact: bool,
+    asymmetry: bool,
+    scores: Tensor | None,
+) -> HeadScores:
+    """Every score beside its null, unless a mask with holes has none; measure gives statistics under another mask."""
+    positions = intervals.offset + torch.arange(1, intervals.stop.shape[1] + 1, device=intervals.stop.device)
+    causal = bool((intervals.stop <= positions).all())
+
+    def against_null(intervals: Intervals, *want: str) -> tuple[Null, AttentionStats]:
+        stats = measure(intervals, {*SCORED, *want})
+        return null_from_stats(stats, intervals, S, "dag_score"), stats
+
+    unmasked = unmasked_asymmetry = None
+    if causal and exact:
+        unmasked, whole = against_null(_whole(intervals, last), *["asymmetry"] * asymmetry)
+        unmasked_asymmetry = whole.asymmetry and whole.asymmetry.ratio
     return HeadScores(
         causal,
-        null_from_stats(stats, call.intervals, S, "dag_score") if exact else None,
-        against_null(call.intervals.without_first())[0] if exact else None,
+        null_from_stats(stats, intervals, S, "dag_score") if exact else None,
+        against_null(intervals.without_first())[0] if exact else None,
         unmasked,
         unmasked_asymmetry,
         scores,
     )
 
 
-def _whole(call: AttentionCall) -> Intervals:
+def _whole(intervals: Intervals, last: Tensor) -> Intervals:
     """Every real query of a sequence attends all of its real keys."""
-    start, stop, first, offset = call.intervals
+    start, stop, first, offset = intervals
     padded = stop <= start
-    return Intervals(first.clamp(min=0).masked_fill(padded, 0), call.last.masked_fill(padded, 0), first, offset)
+    return Intervals(first.clamp(min=0).masked_fill(padded, 0), last.masked_fill(padded, 0), first, offset)
 
 
 def _per_sequence(call: AttentionCall) -> Intervals:
@@ -316,7 +334,7 @@ def to_cpu(value):
     return value
 
 
-def _tokens(inputs: Mapping[str, Tensor], tokens) -> list[list[str]] | None:
+def resolve_tokens(inputs: Mapping[str, Tensor], tokens) -> list[list[str]] | None:
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     if tokens is None:
         return None if ids is None else [[str(i) for i in sequence] for sequence in ids.tolist()]

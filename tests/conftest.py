@@ -34,6 +34,16 @@ def pytest_configure(config):
     gc.set_threshold(100_000)
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """Eight processes, started once, that share a sequence."""
+    from ranks import Ranks
+
+    started = Ranks()
+    yield started
+    started.close()
+
+
 def pytest_pyfunc_call(pyfuncitem):
     names = pyfuncitem._fixtureinfo.argnames
     interpreter.call_with_room(pyfuncitem.obj, **{name: pyfuncitem.funcargs[name] for name in names})

@@ -37,6 +37,23 @@ def test_ratios_of_the_least(timed, capsys, worse, code):
     assert trees() == before
 
 
+def test_what_looks_slower_is_measured_again(monkeypatch, capsys):
+    rounds = iter([("here", 3.0), ("base", 1.0), ("here", 3.0), ("base", 1.0), ("here", 1.2), ("base", 1.1)])
+    times = {"base": [], "here": []}
+    for tree, ms in rounds:
+        times[tree].append({"a": ms})
+    monkeypatch.setattr(bench_compare, "times", lambda tree, tokens: times["here" if tree == ROOT else "base"].pop(0))
+    assert bench_compare.main(["HEAD", "--rounds", "2"]) == 0
+    assert capsys.readouterr().out.split() == ["a", "1.00", "1.20", "1.20", "×"]
+    assert times == {"base": [], "here": []}
+
+
+def test_without_a_base_it_is_what_readme_was_measured_at():
+    found = bench_compare.measured_at()
+    command = ["git", "log", "-1", "--format=%h", "--", "bench/results"]
+    assert found == subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def test_what_is_wrong_is_said_in_one_line(capsys):
     before = trees()
     assert bench_compare.main(["no-such-revision"]) == 2

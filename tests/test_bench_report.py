@@ -1,10 +1,12 @@
-"""README's table and docs/speed.md are what bench/results gives, and differ as soon as a row does."""
+"""README's blocks, docs/speed.md and docs/predicted.md are what was measured, and differ as soon as a row does."""
 
 import importlib.util
 import json
 import re
 from pathlib import Path
 
+import figures as bench_figures
+import predict as bench_predict
 import pytest
 import report as bench_report
 
@@ -18,8 +20,11 @@ def rows():
 
 def test_what_is_written_is_what_was_measured(rows):
     readme = (ROOT / "README.md").read_text("utf-8")
-    assert bench_report.with_table(readme, bench_report.readme_table(rows)) == readme
+    blocks = {"speed": bench_report.readme_table(rows), "linear": bench_report.softmax_or_linear(rows)}
+    assert bench_report.with_blocks(readme, blocks) == readme
     assert bench_report.page(rows) == (ROOT / "docs" / "speed.md").read_text("utf-8")
+    predicted = bench_predict.page(bench_predict.stored(), rows)
+    assert predicted == (ROOT / "docs" / "predicted.md").read_text("utf-8")
 
 
 def test_every_row_is_on_the_page_with_its_median(rows):
@@ -27,6 +32,7 @@ def test_every_row_is_on_the_page_with_its_median(rows):
     assert len(lines) == len(rows)
     assert {line.count(" | ") for line in lines} == {7}
     for row in rows:
+        assert {"operator", "peer", "shape", "dtype", "device", "torch", "triton", "commit"} <= row.keys()
         if row["ms"]:
             assert row["ratio"] > 0 and row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
         else:
@@ -62,22 +68,57 @@ def test_the_command_checks(monkeypatch, capsys):
 
 def test_a_readme_without_marks_is_refused():
     with pytest.raises(ValueError, match="README must hold"):
-        bench_report.with_table("no table", "")
+        bench_report.with_blocks("no table", {"speed": ""})
 
 
 def test_the_figure_marks_what_was_not_run(rows):
-    left, right = bench_report.draw(rows).figure.axes
+    left, right = bench_figures.growth(rows).figure.axes
     assert len(left.lines) == 3 and {left.get_yscale(), right.get_yscale()} == {"log"}
     # a peak that was not seen to grow is no point
     assert min(line.get_ydata().min() for line in right.lines if len(line.get_ydata())) > 1
     hollow = [line for line in right.lines if line.get_fillstyle() == "none"]
-    assert sum(len(line.get_xdata()) for line in hollow) == 2
+    assert sum(len(line.get_xdata()) for line in hollow) == 3
 
 
-def test_a_partial_run_keeps_the_other_rows():
+def test_nothing_stands_above_the_roof(rows):
+    (axes,) = bench_figures.roofline(rows).figure.axes
+    roof, *points = (line for line in axes.lines if len(line.get_xdata()))
+    x, y = roof.get_data()
+    assert len(points) > 20 and y[0] < y[1] == y[2]
+    for point in points:
+        (intensity,), (rate,) = point.get_data()
+        assert rate <= min(y[2], y[0] / x[0] * intensity)
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        ({256: (1, 2), 512: (4, 4.1), 1024: (16, 8)}, "softmax is the faster below about 510 tokens, and at 1,024"),
+        ({256: (1, 2), 512: (4, 8)}, "softmax is the faster at every length timed, and at 512 tokens takes 0.5 times"),
+    ],
+)
+def test_softmax_or_linear_is_read_off_the_rows(times, said):
+    rows = [
+        {"operator": "linear attention", "peer": peer, "shape": [1, 4, T, 64], "dtype": "float32", "device": "one",
+         "ms": {"p50": ms}}
+        for T, pair in times.items() for peer, ms in zip(("SDPA causal", bench_report.OURS), pair, strict=True)
+    ]  # fmt: skip
+    assert said in bench_report.softmax_or_linear(rows)
+    assert bench_report.softmax_or_linear(rows).startswith("One text, 4 heads, D = 64, float32, on one: softmax")
+
+
+def test_devices_are_not_mixed(rows):
+    other = [row | {"device": "another"} for row in rows]
+    table = bench_report.readme_table([*rows, *other])
+    assert table.count("| | shape | ms |") == 2 and "another." in table
+    assert bench_report.page([*rows, *other]).count("\n## row statistics\n") == 2
+
+
+def test_a_partial_run_keeps_the_other_rows_of_its_device():
     spec = importlib.util.spec_from_file_location("bench_conftest", ROOT / "bench" / "conftest.py")
     conftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conftest)
-    one, two, three = ({"operator": "a", "shape": [n], "peer": "p", "ms": n} for n in (1, 2, 3))
+    one, two, three = ({"operator": "a", "shape": [n], "peer": "p", "ms": n, "device": "d"} for n in (1, 2, 3))
     assert conftest.joined([one, two], [two | {"ms": 9}, three]) == [one, two | {"ms": 9}, three]
     assert conftest.joined([], [one]) == [one]
+    assert conftest.joined([one | {"device": "another"}], [two]) == [two]

@@ -12,7 +12,7 @@ from .._checks import Logits, check_qk, check_v, resolve_logits, resolve_mask, s
 from ..attention.forward import attend
 from ..attention.topk import TopK
 from ..masks import Intervals, Mask
-from .rest import dominant_effects
+from .rest import attend_rest, ceiling_of, dominant_effects
 from .sweep import sweep
 
 __all__ = ["EdgeEffects", "edge_effects"]
@@ -102,11 +102,11 @@ def edge_effects(
     """
     check_qk(q, k)
     check_v(v, k)
-    strength = _strength(kind, strength)
-    _check_measure(measure, readout, q, v)
-    want = _wanted(want)
-    _check_count("n", n, MOST)
-    _check_count("cells", cells, None)
+    strength = resolve_strength(kind, strength)
+    check_measure(measure, readout, q, v)
+    want = edges_wanted(want)
+    check_count("n", n, MOST)
+    check_count("cells", cells, None)
     intervals = resolve_mask(q, k, mask, causal)
     options = {"bias": bias, "alibi_slopes": alibi_slopes, "scale": scale, "softcap": softcap, "sink": sink}
     logits = resolve_logits(q, k, intervals, **options)
@@ -132,9 +132,10 @@ def _effects(
     # o less v cancels, so it is kept in float32
     wide = None if measure == "kl" else v.to(accumulator(v))
     out, _, pivot, largest, _ = attend(q, k, wide, *logits, None, backend)
-    dominant, ceiling = dominant_effects(q, k, wide, logits, out, pivot, largest, readout, strength, measure, backend)
-    level = None if readout is None else (readout.double() * out.double()).sum(-1).to(out.dtype)
-    left = {"norm": out, "kl": None, "readout": readout}[measure]
+    ceiling = ceiling_of(pivot, largest)
+    rest = attend_rest(q, k, wide, *logits._replace(sink=None), ceiling, backend)
+    dominant = dominant_effects(out, pivot, rest, logits.sink, readout, strength, measure)
+    left, level = compared(out, readout, measure)
     row, column, values, indices, pooled = sweep(
         q, k, None if measure == "kl" else v, *logits, pivot, largest, ceiling, dominant, left, level,
         strength, " ".join(want), n, cells, backend,
@@ -147,7 +148,13 @@ def _effects(
     )
 
 
-def _strength(kind: str, strength: float | None) -> float:
+def compared(out: Tensor, readout: Tensor | None, measure: str) -> tuple[Tensor | None, Tensor | None]:
+    """What values are measured against, o or the readout g, and g·o; None where no use is made of it."""
+    level = None if readout is None else (readout.double() * out.double()).sum(-1).to(out.dtype)
+    return {"norm": out, "kl": None, "readout": readout}[measure], level
+
+
+def resolve_strength(kind: str, strength: float | None) -> float:
     """λ, −∞ of a cut and ∞ of a hard do."""
     if kind not in KINDS:
         raise ValueError(f"kind must be 'cut', 'soft' or 'hard', got {kind!r}")
@@ -164,7 +171,7 @@ def _strength(kind: str, strength: float | None) -> float:
     return float(strength)
 
 
-def _check_measure(measure: str, readout: Tensor | None, q: Tensor, v: Tensor) -> None:
+def check_measure(measure: str, readout: Tensor | None, q: Tensor, v: Tensor) -> None:
     if measure not in MEASURES:
         raise ValueError(f"measure must be 'norm', 'kl' or 'readout', got {measure!r}")
     if measure != "readout":
@@ -179,7 +186,7 @@ def _check_measure(measure: str, readout: Tensor | None, q: Tensor, v: Tensor) -
     same("readout", readout, "q", q)
 
 
-def _wanted(want: str | Iterable[str]) -> list[str]:
+def edges_wanted(want: str | Iterable[str]) -> list[str]:
     """In the order of the fields."""
     names = EdgeEffects._fields if want == "all" else {want} if isinstance(want, str) else set(want)
     if unknown := sorted(set(names) - set(EdgeEffects._fields)):
@@ -187,7 +194,7 @@ def _wanted(want: str | Iterable[str]) -> list[str]:
     return [name for name in EdgeEffects._fields if name in names]
 
 
-def _check_count(name: str, count: int, most: int | None) -> None:
+def check_count(name: str, count: int, most: int | None) -> None:
     if not isinstance(count, int | torch.SymInt) or isinstance(count, bool):
         raise TypeError(f"{name} must be an int, got {type(count).__name__}")
     if count < 1 or (most is not None and count > most):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._backend import accumulator, use_triton
+from .._backend import use_triton
 from .._checks import Logits
 from .._tiles import LN2, LOG2E
 from ..attention.forward import attend_torch
@@ -51,30 +51,30 @@ def _(q, k, v, start, stop, offset, bias, slopes, scale, softcap, sink, ceiling,
     return out, torch.empty_like(ceiling), torch.empty_like(ceiling)
 
 
+def ceiling_of(pivot: Tensor, largest: Tensor) -> Tensor:
+    """The score, in base 2, above which a row's dominant edge lies: ∞ where there is none."""
+    return torch.where(largest > DOMINANT, pivot - torch.log2(2 * largest), torch.inf)
+
+
 def dominant_effects(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    logits: Logits,
     out: Tensor,
     pivot: Tensor,
-    largest: Tensor,
+    rest: tuple[Tensor, Tensor, Tensor],
+    sink: Tensor | None,
     readout: Tensor | None,
     strength: float,
     measure: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The effect of each row's dominant edge and the score, in base 2, above which it lies: ∞ where there is none.
+) -> Tensor:
+    """The effect of each row's dominant edge, from what `attend_rest` gives of the row without it and without a sink.
 
     With q = 1 − p and r the output without the edge, λ on the edge is −λ on all the others together: the output moves
     by w / (1 + w)·(r − o) with w = q·(e^−λ − 1), and the divergence is that of one edge of probability q.
     """
-    ceiling = torch.where(largest > DOMINANT, pivot - torch.log2(2 * largest), torch.inf)
-    rest, rest_pivot, rest_largest = attend_rest(q, k, v, *logits._replace(sink=None), ceiling, backend)
+    rest, rest_pivot, rest_largest = rest
     others = torch.where(rest_largest > 0, rest_pivot.double() - torch.log2(rest_largest.double()), -torch.inf)
     share = 1.0
-    if logits.sink is not None:
-        with_sink = torch.logaddexp2(others, logits.sink.double()[:, None] * LOG2E)
+    if sink is not None:
+        with_sink = torch.logaddexp2(others, sink.double()[:, None] * LOG2E)
         # a sink of −∞ beside no other key
         share = torch.exp2(others - with_sink).nan_to_num(0)
         others = with_sink
@@ -83,11 +83,11 @@ def dominant_effects(
     if measure == "kl":
         effect = _divergence_of_rest(log2_rest, -strength)
     else:
-        move = out.double() - rest.double() * (share[..., None] if logits.sink is not None else 1.0)
+        move = out.double() - rest.double() * (share[..., None] if sink is not None else 1.0)
         size = torch.linalg.vector_norm(move, dim=-1) if readout is None else (readout.double() * move).sum(-1)
         moved = _moved_by_rest(log2_rest, -strength)
         effect = moved.abs() * size if readout is None else -moved * size
-    return effect.to(accumulator(q)), ceiling
+    return effect.to(pivot.dtype)
 
 
 def _moved_by_rest(log2_rest: Tensor, strength: float) -> Tensor:

@@ -68,16 +68,20 @@ def chosen_keys(columns: Sequence[int | str], intervals: Intervals, S: int) -> T
 
 
 def column_statistics(received: Tensor, mass: Tensor, intervals: Intervals) -> dict[str, Tensor]:
-    columns = {"received": received}
-    # how many rows may attend each key: +1 where an interval starts, −1 where it stops, summed up
-    edges = torch.zeros(len(intervals.start), received.shape[2] + 1, dtype=torch.int32, device=received.device)
-    one = torch.ones_like(intervals.start)
-    edges.scatter_add_(1, intervals.start.long(), one).scatter_add_(1, intervals.stop.long(), -one)
-    rows = edges.cumsum(1)[:, None, :-1]
-    columns["received_mean"] = received / rows.clamp(min=1)
+    rows = attending(intervals, received.shape[2])[:, None]
+    columns = {"received": received, "received_mean": received / rows.clamp(min=1)}
     if mass.shape[2] == received.shape[2]:
         columns["net_flow"] = mass - received
     return columns
+
+
+def attending(intervals: Intervals, S: int) -> Tensor:
+    """How many rows may attend each key, [B or 1, S]."""
+    # +1 where an interval starts, −1 where it stops, summed up
+    edges = torch.zeros(len(intervals.start), S + 1, dtype=torch.int32, device=intervals.start.device)
+    one = torch.ones_like(intervals.start)
+    edges.scatter_add_(1, intervals.start.long(), one).scatter_add_(1, intervals.stop.long(), -one)
+    return edges.cumsum(1)[:, :-1]
 
 
 def share(part: Tensor, whole: Tensor) -> Tensor:

@@ -55,6 +55,12 @@ Watcher = Callable[[nn.Module, AttentionCall, Tensor], None]
 watcher: ContextVar[Watcher | None] = ContextVar("causalattn_watcher", default=None)
 
 
+Takeover = Callable[[nn.Module, Tensor, Tensor, Tensor, float | None, dict], Tensor]
+
+# computes each layer's heads, [B, T, H, V], in place of what follows: its tokens are not all here
+takeover: ContextVar[Takeover | None] = ContextVar("causalattn_takeover", default=None)
+
+
 class Place(NamedTuple):
     """The number of an attention module's layer, None for cross-attention, and those of all layers of its model."""
 
@@ -78,6 +84,9 @@ def attention_function(
 ) -> tuple[Tensor, AttentionStats | None]:
     """Return the layer's output [B, T, H, V] and, where somebody asked, its AttentionStats."""
     _refuse(module, kwargs)
+    attend_elsewhere = takeover.get()
+    if attend_elsewhere is not None:
+        return attend_elsewhere(module, query, key, value, scaling, kwargs), None
     mask = _mask_of(module, query, key, attention_mask, kwargs)
     softcap, sink = kwargs.get("softcap"), kwargs.get("s_aux")
     call = AttentionCall(query, key, value, mask.statistics, mask.last, mask.bias, scaling, softcap, sink)

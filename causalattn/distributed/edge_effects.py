@@ -1,0 +1,103 @@
+"""What an intervention on each single edge does in a sequence that several ranks share."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .._backend import Backend, accumulator
+from .._checks import check_v
+from ..attention import TopK
+from ..edge_effects import EdgeEffects, check_count, check_measure, compared, edges_wanted, resolve_strength
+from ..edge_effects.rest import ceiling_of, dominant_effects
+from ..edge_effects.sweep import sweep
+from ..masks import Intervals, Mask
+from .attention import Largest, attend_all
+from .blocks import Blocks
+from .layout import Order
+
+MOST = 64
+
+
+def edge_effects(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh,
+    order: Order = "contiguous",
+    kind: Literal["cut", "soft", "hard"] = "cut",
+    strength: float | None = None,
+    measure: Literal["norm", "kl", "readout"] = "norm",
+    readout: Tensor | None = None,
+    want: str | Iterable[str] = ("row", "column", "topk"),
+    n: int = 16,
+    causal: bool = False,
+    mask: Mask | Intervals | None = None,
+    alibi_slopes: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    backend: Backend = "auto",
+) -> EdgeEffects:
+    """Intervene on every edge of the whole sequence: `causalattn.edge_effects`, each rank with its own rows and keys.
+
+    Keys and values go around the ring three times: for the outputs, for the rows without their dominant edge, and, with
+    what each key has done so far, for the effects.
+
+    Args:
+        q, k, v, mesh, order, causal, mask, alibi_slopes, scale, softcap, sink, backend: as in `attention` here.
+        kind, strength, measure, readout, n: as in `causalattn.edge_effects`; readout is of this rank's queries.
+        want: names among "row", "column" and "topk".
+
+    Returns:
+        EdgeEffects of this rank's rows and keys; indices are positions in the whole sequence.
+
+    Raises:
+        As `causalattn.edge_effects` and `attention` here; ValueError also for want="map".
+    """
+    blocks = Blocks(q, k, mesh, order, causal, mask, alibi_slopes, scale, softcap, sink)
+    check_v(v, k)
+    strength = resolve_strength(kind, strength)
+    check_measure(measure, readout, q, v)
+    want = edges_wanted(want)
+    check_count("n", n, MOST)
+    if "map" in want:
+        raise ValueError("want must be names among row, column, topk of a sharded sequence, got 'map'")
+    wide = accumulator(v)
+    values = None if measure == "kl" else v.to(wide)
+    out, _, pivot, largest = attend_all(blocks, q, k, values, backend)
+    out, pivot, largest = (None if x is None else x.to(wide) for x in (out, pivot, largest))
+    ceiling = ceiling_of(pivot, largest)
+    rest, _, *factors = attend_all(blocks, q, k, values, backend, ceiling)
+    dominant = dominant_effects(out, pivot, (rest, *factors), blocks.sink, readout, strength, measure)
+    left, level = compared(out, readout, measure)
+    row, column = (torch.zeros(q.shape[:3], dtype=torch.float64, device=q.device) for _ in range(2))
+    held = Largest(q, n)
+    ring, lengths = blocks.ring, blocks.lengths
+    for owner, visit in ring.visits((k, v), lengths):
+        for block in blocks.of(owner):
+            terms = (
+                None if x is None else x[:, :, block.rows] for x in (pivot, largest, ceiling, dominant, left, level)
+            )
+            some, *these = q[:, :, block.rows], *(x[:, :, block.keys] for x in visit)
+            sent, done, effects, places, _ = sweep(
+                some, these[0], None if measure == "kl" else these[1], *block.logits, *terms,
+                strength, " ".join(want), n, 1, backend,
+            )  # fmt: skip
+            if "row" in want:
+                row[:, :, block.rows] += sent
+            if "column" in want:
+                column[:, :, block.keys] += done
+            if "topk" in want:
+                effects = effects.double()
+                held.add(block.rows, effects.abs(), effects, places, block.b.first)
+        if "column" in want:
+            (column,) = ring.shift((column,), lengths, 2, owner)
+    return EdgeEffects(
+        row.to(wide) if "row" in want else None,
+        column.to(wide) if "column" in want else None,
+        TopK(held.values.to(wide), held.indices.int()) if "topk" in want else None,
+    )

@@ -1,0 +1,106 @@
+"""What the processes of tests/ranks.py run: an operator on this rank's part of tensors that every rank is given."""
+
+import os
+import signal
+
+import torch
+
+import causalattn as ca
+from causalattn import distributed
+
+
+def part(x, mesh, order, lengths, dim):
+    """This rank's tokens, lengths of each rank or as shard gives them; not contiguous, as views of models are not."""
+    if lengths is None:
+        own = distributed.shard(x, mesh=mesh, order=order, dim=dim)
+    else:
+        rank = mesh.get_local_rank()
+        own = x.narrow(dim, sum(lengths[:rank]), lengths[rank])
+    return own.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def operator(mesh, name, tensors, *, order="contiguous", lengths=None, dim=2, sharded=(), **options):
+    """ca.distributed.<name>; `sharded` are options over tokens, along dim."""
+    local = [part(x, mesh, order, lengths, dim) for x in tensors]
+    options |= {key: part(options[key], mesh, order, lengths, dim) for key in sharded}
+    if name not in ("linear_attention", "selective_scan"):
+        options["order"] = order
+    with distributed.traffic() as sent:
+        result = getattr(distributed, name)(*local, mesh=mesh, **options)
+    return result, sent
+
+
+def scan(mesh, u, delta, A, B, C, D, z, *, lengths=None, **options):
+    local = [part(x, mesh, "contiguous", lengths, 1) for x in (u, delta, B, C, z)]
+    u, delta, B, C, z = local
+    return distributed.selective_scan(u, delta, A, B, C, D, z, mesh=mesh, **options)
+
+
+def round_trip(mesh, x, order, dim):
+    own = distributed.shard(x, mesh=mesh, order=order, dim=dim)
+    return own, distributed.unshard(own, mesh=mesh, order=order, dim=dim)
+
+
+def wrong(mesh, case):
+    """A call that must be refused, before any rank waits for another."""
+    q = torch.zeros(1, 2, 4, 8)
+    calls = {
+        "mesh": lambda: distributed.attention(q, q, q, mesh="ranks"),
+        "order": lambda: distributed.attention(q, q, q, mesh=mesh, order="striped"),
+        "shard order": lambda: distributed.shard(q, mesh=mesh, order="striped"),
+        "zigzag": lambda: distributed.attention(*(3 * [q[:, :, : mesh.get_local_rank()]]), mesh=mesh, order="zigzag"),
+        "tokens": lambda: distributed.attention(q, q[:, :, 1:], q[:, :, 1:], mesh=mesh),
+        "gradient": lambda: distributed.attention(q.requires_grad_(), q, q, mesh=mesh),
+        "gradient of v": lambda: distributed.attention(q, q, q.clone().requires_grad_(), mesh=mesh),
+        "gradient of scans": lambda: distributed.linear_attention(q, q, q.clone().requires_grad_(), mesh=mesh),
+        "rows": lambda: distributed.attention(q, q, q, mesh=mesh, mask=ca.causal().resolve(4, 4)),
+        "mask": lambda: distributed.attention(q, q, q, mesh=mesh, mask="causal"),
+        "map": lambda: distributed.edge_effects(q, q, q, mesh=mesh, want="map"),
+        "slopes": lambda: distributed.attention_stats(q, q, mesh=mesh, want="all", alibi_slopes=torch.ones(2)),
+        "n": lambda: distributed.attention_topk(q, q, 0, mesh=mesh),
+        "n of a kind": lambda: distributed.attention_topk(q, q, 1.5, mesh=mesh),
+        "decay": lambda: distributed.linear_attention(q, q, q, mesh=mesh, causal=False, decay=torch.zeros(2)),
+    }
+    calls[case]()
+
+
+def killed(mesh, rank, kind):
+    """One rank dies without a word, the others go on with what they were doing."""
+    if mesh.get_local_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    q = torch.zeros(1, 2, 64, 8)
+    run = {"attention": ca.distributed.attention, "linear_attention": ca.distributed.linear_attention}[kind]
+    return run(q, q, q, mesh=mesh)
+
+
+def model_of(family):
+    """A small model with random weights, the same in every process."""
+    import transformers
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if family == "bert":
+        return transformers.BertModel(transformers.BertConfig(intermediate_size=64, **small)).eval()
+    if family == "roberta":
+        return transformers.RobertaModel(transformers.RobertaConfig(intermediate_size=64, **small)).eval()
+    if family == "gpt2":
+        config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+        return transformers.GPT2LMHeadModel(config).eval()
+    if family == "t5":
+        config = transformers.T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+        return transformers.T5EncoderModel(config).eval()
+    rotary = {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    if family == "mistral":
+        config = transformers.MistralConfig(sliding_window=9, **small, **rotary)
+        return transformers.MistralForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, **rotary)).eval()
+
+
+def report(mesh, family, inputs, order=None, **options):
+    """What distributed.analyze says, and the layers as progress saw them."""
+    seen = []
+    model = model_of(family)
+    said = model.config._attn_implementation
+    found = distributed.analyze(model, inputs, mesh=mesh, order=order, progress=lambda *at: seen.append(at), **options)
+    assert model.config._attn_implementation == said
+    return found, seen
