@@ -1,4 +1,4 @@
-"""README's tables, docs/speed.md, docs/predicted.md and their figures from what was measured.
+"""README's tables, docs/speed.md, docs/predicted.md, docs/scaling.md and their figures from what was measured.
 
 python bench/report.py            write them
 python bench/report.py --check    fail where a page differs from bench/results and bench/counts.json
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import predict
+import scaling
 from cases import OURS
 from figures import growth, peak, roofline
 
@@ -53,6 +54,7 @@ def main() -> None:
         ),
         DOCS / "speed.md": page(rows),
         DOCS / "predicted.md": predict.page(predict.stored(), rows),
+        DOCS / "scaling.md": scaling.page(),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
     if check:

@@ -21,7 +21,7 @@ class Ranks:
 
     def __init__(self, count: int = SIZES[-1], seconds: float = 60):
         self.folder = tempfile.TemporaryDirectory()
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         arguments = [str(count), str(Path(self.folder.name) / "rendezvous"), str(seconds)]
         self.processes = [

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import torch
 
@@ -104,3 +105,28 @@ def report(mesh, family, inputs, order=None, **options):
     found = distributed.analyze(model, inputs, mesh=mesh, order=order, progress=lambda *at: seen.append(at), **options)
     assert model.config._attn_implementation == said
     return found, seen
+
+
+def peak(mesh, tokens, dim):
+    """Bytes that attention in a window holds at most beyond what it was given."""
+    from cases import Peak
+
+    own = tokens // mesh.size()
+    q, k, v = torch.randn(3, 1, 1, own, dim).unbind()
+    options = {"mesh": mesh, "mask": ca.sliding_window(64)}
+    distributed.attention(q[:, :, :1024], k[:, :, :1024], v[:, :, :1024], **options)
+    with Peak() as held:
+        distributed.attention(q, k, v, **options)
+    return held.bytes
+
+
+def timed(mesh, name, tensors, rounds, **options):
+    """Seconds of a call, every rank beginning together, with what it sent and gave."""
+    operator(mesh, name, tensors, **options)
+    seconds = []
+    for _ in range(rounds):
+        torch.distributed.barrier(mesh.get_group())
+        start = time.perf_counter()
+        result, sent = operator(mesh, name, tensors, **options)
+        seconds.append(time.perf_counter() - start)
+    return result, sent, seconds

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import scaling
 import torch
 from ranks import SIZES, Ranks
 
@@ -280,31 +281,40 @@ def test_shards_come_together_again(ranks, dim, order):
         assert again.equal(x) and own.equal(x.index_select(dim, held))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_bytes_are_those_of_the_formula(ranks, world):
-    """docs/scaling.md has them; every rank here holds T_r tokens."""
-    tokens = 64
-    q, k, v = inputs(torch.float32, tokens)
-    own = tokens // world
-    keys, values = B * H_KV * own * D * 4, B * H_KV * own * V * 4
-    sums = B * H * own * 8
-    expected = {
-        "attention": (world - 1) * (keys + values),
-        "attention_topk": (world - 1) * keys,
-        "edge_effects": 3 * (world - 1) * (keys + values) + world * sums,
-        "linear_attention": 0,
-    }
-    for name, amount in expected.items():
-        tensors, options = (
-            (q, k) if name == "attention_topk" else (q, k, v),
-            {"n": 4} if name == "attention_topk" else {},
-        )
-        for _, sent in ranks.run(world, "operator", name, tensors, **options):
-            assert sent.ring == amount
-    # of D·(V + 1) numbers a head and what is left of a state, in float64
-    assert sent.gathered == (world - 1) * B * H * (D * (V + 1) + 1) * 8
-    for _, sent in ranks.run(world, "operator", "attention_stats", (q, k), want="received"):
-        assert sent.ring == 2 * (world - 1) * keys + world * sums
+VOLUMES = {
+    "attention": ("attention", {}),
+    "row statistics": ("attention_stats", {"want": "entropy"}),
+    "received": ("attention_stats", {"want": "received"}),
+    "top-k": ("attention_topk", {"n": 4}),
+    "edge effects": ("edge_effects", {}),
+    "correlations": ("attention_correlation", {}),
+    "linear attention": ("linear_attention", {}),
+}
+
+
+@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_formulas(ranks, world, dtype):
+    tokens = 48
+    tensors = inputs(dtype, tokens)
+    size = scaling.Size(tokens, world, H, H_KV, D, V, dtype.itemsize, B)
+    for operator, (name, options) in VOLUMES.items():
+        given = tensors if name in ("attention", "edge_effects", "linear_attention") else tensors[:2]
+        for _, sent in ranks.run(world, "operator", name, given, **options):
+            assert sent.ring == scaling.ring_bytes(operator, size), operator
+            assert sent.gathered == scaling.gathered_bytes(operator, size), operator
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_rank_holds_what_the_formula_says(ranks, world):
+    tokens = 2**17
+    size = scaling.Size(tokens, world, 1, 1, 16, 16, 4)
+    found = ranks.run(world, "peak", tokens, 16)
+    for peak in found:
+        # beside tiles and what the allocator keeps
+        assert peak <= scaling.held_bytes("attention", size) + 24 * 2**20
+    # eager's matrix, or that of one rank's rows, would be GiB
+    assert max(found) < 2**27
 
 
 @pytest.mark.parametrize(

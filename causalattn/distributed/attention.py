@@ -60,31 +60,38 @@ def attention(
     if torch.is_grad_enabled() and v.requires_grad:
         raise NotImplementedError("a sharded sequence has no gradient: pass v.detach()")
     # kernels multiply wide values slowly
-    values = v if use_triton(backend, q) else v.to(accumulator(v))
-    out, lse, _, _ = attend_all(blocks, q, k, values, backend)
+    out, lse, _, _ = attend_all(blocks, q, k, v, backend, wide=not use_triton(backend, q))
     return AttentionOutput(out.to(v.dtype), lse.to(accumulator(q)), None)
 
 
 def attend_all(
-    blocks: Blocks, q: Tensor, k: Tensor, v: Tensor | None, backend: Backend, ceiling: Tensor | None = None
+    blocks: Blocks,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    backend: Backend,
+    ceiling: Tensor | None = None,
+    wide: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """out (None without v), lse, the largest score in base 2 and the largest probability of each row, in float64.
 
-    With ceiling [B, H, T_r] of the scores up to it, and without the sink: anything where it is ∞.
+    With ceiling [B, H, T_r] of the scores up to it, and without the sink: anything where it is ∞. wide: no block's out
+    is rounded to v's dtype.
     """
     rows = Softmax(q)
     acc = None if v is None else torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64, device=q.device)
     for owner, (keys, *values) in blocks.ring.visits((k,) if v is None else (k, v), blocks.lengths):
         for block in blocks.of(owner):
             at = block.rows
-            inputs = q[:, :, at], keys[:, :, block.keys], None if v is None else values[0][:, :, block.keys]
+            some = [x[:, :, block.keys].to(accumulator(q) if wide else q.dtype) for x in values]
+            inputs = q[:, :, at], keys[:, :, block.keys], some[0] if some else None
             if ceiling is None:
                 out, _, pivot, largest, _ = attend(*inputs, *block.logits, None, backend)
             else:
                 out, pivot, largest = attend_rest(*inputs, *block.logits, ceiling[:, :, at], backend)
             part, kept, _ = rows.add(at, pivot, largest)
             if acc is not None:
-                acc[:, :, at] = acc[:, :, at] * kept[..., None] + out * part[..., None]
+                acc[:, :, at].mul_(kept[..., None]).add_(out * part[..., None])
     lse, unit = rows.result(blocks.sink if ceiling is None else None)
     return None if acc is None else acc.mul_(unit[..., None]), lse, rows.pivot, unit
 

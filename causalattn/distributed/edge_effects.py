@@ -67,7 +67,7 @@ def edge_effects(
     if "map" in want:
         raise ValueError("want must be names among row, column, topk of a sharded sequence, got 'map'")
     wide = accumulator(v)
-    values = None if measure == "kl" else v.to(wide)
+    values = None if measure == "kl" else v
     out, _, pivot, largest = attend_all(blocks, q, k, values, backend)
     out, pivot, largest = (None if x is None else x.to(wide) for x in (out, pivot, largest))
     ceiling = ceiling_of(pivot, largest)

@@ -79,7 +79,7 @@ def analyze(
             found[layer] = to_cpu((*scores, blocks.intervals)), [*range(q.shape[1])]
             if progress is not None:
                 progress(len(found), len(chosen))
-        out = attend_all(blocks, q, k, v.to(accumulator(v)), "auto")[0]
+        out = attend_all(blocks, q, k, v, "auto")[0]
         return out.to(v.dtype).transpose(1, 2).contiguous()
 
     with using(model), torch.no_grad():
