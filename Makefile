@@ -23,6 +23,7 @@ lint: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# LONG=1: the cases of minutes too
 bench: .venv/.stamp
 	$(BIN)/python -m pytest bench $(if $(LONG),--long)
 	$(BIN)/python bench/report.py

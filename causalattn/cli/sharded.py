@@ -1,10 +1,11 @@
 """causalattn analyze --distributed: one text whose tokens torchrun's processes share."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,9 @@ def score_sharded(loaded: Loaded, title: str, text: str, arguments: argparse.Nam
             raise CommandError(f"--{name} cannot be with --distributed")
     with processes() as mesh:
         first = mesh.get_local_rank() == 0
-        with nullcontext() if first else open(os.devnull, "w") as nowhere:
-            # the others would say the same
-            inputs, tokens, left_out = _encoded(loaded, text, arguments.max_tokens, nowhere)
+        # the others would say the same of the text
+        with nullcontext() if first else redirect_stderr(io.StringIO()):
+            inputs, tokens, left_out = encode(loaded, text, arguments.max_tokens)
         model = loaded.model.to(mesh.device_type)
         inputs = {name: x.to(mesh.device_type) for name, x in inputs.items()}
         progress = Progress(f"{title}, {mesh.size()} ranks")
@@ -41,16 +42,6 @@ def score_sharded(loaded: Loaded, title: str, text: str, arguments: argparse.Nam
         finally:
             progress.close()
         return Section(title, text, report, (), left_out) if first else None
-
-
-def _encoded(loaded: Loaded, text: str, max_tokens: int | None, nowhere) -> tuple[dict, list[str], int]:
-    if nowhere is None:
-        return encode(loaded, text, max_tokens)
-    said, sys.stderr = sys.stderr, nowhere
-    try:
-        return encode(loaded, text, max_tokens)
-    finally:
-        sys.stderr = said
 
 
 @contextmanager
