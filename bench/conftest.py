@@ -94,7 +94,6 @@ def pytest_configure(config):
     # a peer that was not run, and what one that cannot run complains of before it says so
     for message in ("Benchmark fixture was not used", ".*attention", "Expected query, key and value"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
-    config.addinivalue_line("markers", "long: minutes a call; runs with --long")
 
 
 def pytest_sessionfinish(session):

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def timed(monkeypatch):
     """Times of the base and of here, by which tree is asked."""
     found = {
-        "here": [{"a": 2.0, "b": 5.0}, {"a": 1.0, "b": 9.0}],
-        "base": [{"a": 1.0, "b": 4.0}, {"a": 3.0, "c": 1.0, "b": 2.0}],
+        "here": 2 * [{"a": 2.0, "b": 5.0}, {"a": 1.0, "b": 9.0}],
+        "base": 2 * [{"a": 1.0, "b": 4.0}, {"a": 3.0, "c": 1.0, "b": 2.0}],
     }
     monkeypatch.setattr(bench_compare, "times", lambda tree, tokens: found["here" if tree == ROOT else "base"].pop())
     return found
