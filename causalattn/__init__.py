@@ -11,6 +11,7 @@ from .attention import (
     attention_rows,
     attention_topk,
 )
+from .corpus import CorpusResult, analyze_corpus
 from .covariance import attention_correlation, attention_covariance
 from .edge_effects import EdgeEffects, edge_effects
 from .hopfield import (
@@ -65,6 +66,7 @@ __all__ = [
     "Candidates",
     "Certificate",
     "ClassicalRetrieval",
+    "CorpusResult",
     "Do",
     "EdgeEffects",
     "FisherZ",
@@ -88,6 +90,7 @@ __all__ = [
     "TextExplanation",
     "TopK",
     "analyze",
+    "analyze_corpus",
     "asymmetry",
     "attention",
     "attention_correlation",

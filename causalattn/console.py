@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -10,16 +11,28 @@ class CommandError(Exception):
 
 
 class Progress:
-    """A bar over layers, or what else is counted, on stderr; nothing where stderr is no terminal."""
+    """A bar over layers, or what else is counted, on stderr; nothing where stderr is no terminal.
 
-    def __init__(self, title: str, counted: str = "layers"):
-        self.title, self.counted = title, counted
+    rate: also how many a second, since the first call.
+    """
+
+    def __init__(self, title: str, counted: str = "layers", rate: bool = False):
+        self.title, self.counted, self.rate = title, counted, rate
+        self.first: tuple[int, float] | None = None
         self.shown = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int) -> None:
         if self.shown:
             bar = "█" * (24 * done // total)
-            print(f"\r{self.title}: {bar:<24} {done}/{total} {self.counted}", end="", file=sys.stderr, flush=True)
+            line = f"\r{self.title}: {bar:<24} {done}/{total} {self.counted}{self._speed(done) if self.rate else ''}"
+            print(line, end="", file=sys.stderr, flush=True)
+
+    def _speed(self, done: int) -> str:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done, now
+        since, began = self.first
+        return f", {(done - since) / (now - began):.1f} a second\033[K" if done > since and now > began else "\033[K"
 
     def close(self) -> None:
         if self.shown:

@@ -1,4 +1,4 @@
-"""causalattn analyze: the scores of a model's heads on a text."""
+"""causalattn analyze: the scores of a model's heads on a text, or on every document of a corpus."""
 
 import argparse
 import sys
@@ -9,12 +9,13 @@ from ..analysis import analyze, capture
 from ..console import CommandError, Progress, one_line, read, write
 from ..report import CAUSAL_NOTE, Section, cell, columns_of, received_text, to_html
 from .arguments import numbers, positive
+from .corpus import add_corpus, analyze_documents, check_no_corpus
 from .model import Loaded, check_text, encode, load
 from .output import check_plotting, print_files
 
 
 def add(commands) -> None:
-    sub = commands.add_parser("analyze", help="score the heads of a model on a text")
+    sub = commands.add_parser("analyze", help="score the heads of a model on a text or a corpus")
     sub.add_argument("--model", required=True, metavar="PATH_OR_NAME", help="a transformers model")
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="the text itself")
@@ -24,6 +25,7 @@ def add(commands) -> None:
     sub.add_argument("--max-tokens", type=positive, metavar="N", help="leave out the text after N tokens")
     sub.add_argument("--json", action="store_true", help="print JSON in place of the table")
     add_files(sub)
+    add_corpus(sub, source)
     sub.set_defaults(run=_analyze)
 
 
@@ -33,6 +35,9 @@ def add_files(sub: argparse.ArgumentParser) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
+    if arguments.corpus:
+        return analyze_documents(arguments)
+    check_no_corpus(arguments)
     text = read(arguments.file) if arguments.text is None else arguments.text
     check_text(text, arguments.file or "--text")
     check_plotting(arguments.figures or arguments.html)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..console import CommandError, one_line
+from ..corpus.scores import token_limit
 from .output import check_plotting
 
 SENTENCE = "Because the storm intensified, the ship finally sank."
@@ -76,10 +77,7 @@ def _demo_model() -> str:
 
 def encode(loaded: Loaded, text: str, max_tokens: int | None) -> tuple[dict, list[str], int]:
     """The model's inputs, their tokens as strings, and how many tokens did not fit."""
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
-    limits = (max_tokens, positions, loaded.tokenizer.model_max_length)
-    # a tokenizer that knows no limit says 10³⁰
-    limit = min((n for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)
+    limit = token_limit(loaded.model, loaded.tokenizer, max_tokens)
     whole = len(loaded.tokenizer(text, truncation=False, verbose=False)["input_ids"])
     cut = {"truncation": limit is not None, "max_length": limit}
     inputs = dict(loaded.tokenizer(text, return_tensors="pt", verbose=False, **cut))
