@@ -25,6 +25,7 @@ MODULES = [
     "nulls",
     "dense",
     "analysis",
+    "corpus.run",
     "text_discovery",
     "text_explanation",
     "experiments.ablation",
