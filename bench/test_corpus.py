@@ -32,11 +32,11 @@ def loaded():
 
 @functools.cache
 def documents():
-    """The demo's page by paragraphs, by sentences, and by twos and threes of them."""
+    """The demo's page by paragraphs, by sentences, and by twos to fives of them."""
     page = (Path(ca.__file__).parent / "demo.txt").read_text("utf-8")
     paragraphs = [text for text in page.splitlines() if text]
     sentences = [sentence for text in paragraphs for sentence in text.split(". ")]
-    runs = [". ".join(sentences[i : i + n]) for n in (1, 2, 3) for i in range(0, len(sentences) - n + 1, n)]
+    runs = [". ".join(sentences[i : i + n]) for n in (1, 2, 3, 4, 5) for i in range(0, len(sentences) - n + 1, n)]
     return (paragraphs + runs)[:64]
 
 

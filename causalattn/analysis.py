@@ -15,7 +15,9 @@ from .integrations.transformers.attention import AttentionCall, recorder
 from .integrations.transformers.families import self_attention, using
 from .masks import Intervals
 from .nulls import Null, null_from_stats
+from .short_layers import mapped, parted, stacked
 from .statistics import DEFAULT, AttentionStats, attention_stats, score_asymmetry
+from .statistics.short import is_short, short_stats
 
 WANT = (*DEFAULT, "received", "received_mean", "asymmetry")
 SCORED = ("mass", "sum_sq", "below", "dag_score")
@@ -55,12 +57,7 @@ class Report(NamedTuple):
 
     def rows(self, top: int = 3) -> list[dict]:
         """One dict a layer, sequence and head; top is how many of the most received tokens each names."""
-        return [
-            _row(self, at, sequence, head, top)
-            for at, heads in enumerate(self.head_ids)
-            for sequence in range(self.intervals[at].start.shape[0])
-            for head in range(len(heads))
-        ]
+        return [row for at in range(len(self.layers)) for row in _layer_rows(self, at, top)]
 
     def to_json(self, top: int = 3) -> str:
         """The tokens and rows as JSON; a number that is not finite becomes null."""
@@ -113,25 +110,34 @@ def analyze(
     texts = resolve_tokens(inputs, tokens)
     heads = None if heads is None else list(heads)
     found: dict[int, tuple] = {}
+    waiting: dict[int, AttentionCall] = {}
+    numbers: dict[int, list[int]] = {}
 
-    def score(layer: int, call: AttentionCall, total: int) -> AttentionStats:
-        numbers = list(range(call.q.shape[1])) if heads is None else heads
-        call = pick_heads(call, numbers)
-        stats = attention_stats(call.q, call.k, want=kept | {*SCORED, "columns"}, **call.options())
+    def measure(call: AttentionCall) -> tuple[AttentionStats, HeadScores, Intervals]:
+        stats = _measured(call, call.intervals, kept | {*SCORED, "columns"}, ("sink",))
         scores = _score(call, stats, null, "asymmetry" in kept)
         stats = stats._replace(**{name: None for name in stats._fields if name not in kept})
-        found[layer] = (*to_cpu((stats, scores, _per_sequence(call))), numbers)
-        if progress is not None:
-            progress(len(found), total)
-        return stats
+        return stats, scores, _per_sequence(call)
 
-    each_layer(model, inputs, layers, score)
+    def visit(layer: int, call: AttentionCall, total: int) -> None:
+        numbers[layer] = list(range(call.q.shape[1])) if heads is None else heads
+        call = pick_heads(call, numbers[layer])
+        if is_short(call.q, call.k):
+            waiting[layer] = call
+        else:
+            found[layer] = to_cpu(measure(call))
+        if progress is not None:
+            progress(len(numbers), total)
+
+    each_layer(model, inputs, layers, visit)
+    for group, call in stacked(waiting):
+        found |= zip(group, parted(measure(call), len(group)), strict=True)
     ids = sorted(found)
-    stats, scores, intervals, numbers = ([found[i][part] for i in ids] for part in range(4))
+    stats, scores, intervals = ([found[i][part] for i in ids] for part in range(3))
     if texts is None:
         sequences, T = intervals[0].start.shape
         texts = [[str(position) for position in range(T)]] * sequences
-    return Report(stats, ids, numbers, texts, scores, intervals)
+    return Report(stats, ids, [numbers[i] for i in ids], texts, scores, intervals)
 
 
 def capture(
@@ -266,13 +272,18 @@ def window_probs(call: AttentionCall, window: range, *, sequence: int = 0) -> Te
     return torch.stack(parts)
 
 
+def _measured(call: AttentionCall, intervals: Intervals, want: set[str], columns: Sequence) -> AttentionStats:
+    measure = short_stats if is_short(call.q, call.k) else attention_stats
+    return measure(call.q, call.k, want=want, columns=columns, **call.options() | {"mask": intervals})
+
+
 def _score(call: AttentionCall, stats: AttentionStats, null: bool, asymmetry: bool) -> HeadScores:
     start, stop, *_ = call.intervals
     S, T = call.k.shape[2], call.q.shape[2]
     exact = null and (call.bias is None or not bool(call.bias.isneginf().any()))
 
     def measure(intervals: Intervals, want: set[str]) -> AttentionStats:
-        return attention_stats(call.q, call.k, want=want, columns=(), **call.options() | {"mask": intervals})
+        return _measured(call, intervals, want, ())
 
     scores = None
     if T == S:
@@ -326,12 +337,7 @@ def _per_sequence(call: AttentionCall) -> Intervals:
 
 
 def to_cpu(value):
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, tuple):
-        moved = map(to_cpu, value)
-        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
-    return value
+    return mapped(value, Tensor.cpu)
 
 
 def resolve_tokens(inputs: Mapping[str, Tensor], tokens) -> list[list[str]] | None:
@@ -344,42 +350,49 @@ def resolve_tokens(inputs: Mapping[str, Tensor], tokens) -> list[list[str]] | No
     return texts
 
 
-def _row(report: Report, at: int, sequence: int, head: int, top: int) -> dict:
+def _layer_rows(report: Report, at: int, top: int) -> list[dict]:
     stats, scores, intervals = report.layers[at], report.scores[at], report.intervals[at]
-    filled = intervals.stop[sequence] > intervals.start[sequence]
-
-    def of(value: Tensor | None) -> float | None:
-        number = None if value is None else value[sequence, head].item()
-        return number if number is not None and math.isfinite(number) else None
-
-    def mean(value: Tensor | None) -> float | None:
-        return None if value is None else value[sequence, head][filled].double().mean().nan_to_num(0).item()
-
-    row = {"sequence": sequence, "layer": report.layer_ids[at], "head": report.head_ids[at][head]}
-    row |= {"causal": scores.causal, "dag_score": of(stats.dag_score)}
+    columns = {"dag_score": stats.dag_score}
     for name, null in (("", scores.dag_score), ("sink_removed", scores.sink_removed), ("unmasked", scores.unmasked)):
         prefix = f"{name}_" if name else ""
         if name:
-            row[name] = of(null and null.value)
-        row |= {f"{prefix}null": of(null and null.mean), f"{prefix}null_std": of(null and null.std)}
-        row |= {f"{prefix}lift": of(null and null.lift), f"{prefix}z": of(null and null.z)}
-    row["sink_mass"] = mean(None if stats.columns is None else stats.columns[..., 0])
-    row["asymmetry"] = of(stats.asymmetry and stats.asymmetry.ratio)
-    row["unmasked_asymmetry"] = of(scores.unmasked_asymmetry)
-    row["score_asymmetry"] = of(scores.score_asymmetry)
-    row["entropy"] = mean(stats.entropy)
-    row["received"] = _received(stats.received_mean, report.tokens, sequence, head, top)
-    return row
-
-
-def _received(received: Tensor | None, tokens: list[list[str]], sequence: int, head: int, top: int) -> list[dict]:
-    """The keys with the largest mean attention received, ties to the earlier; padding is never among them."""
-    if received is None:
-        return []
-    values, keys = received[sequence, head].sort(descending=True, stable=True)
-    text = tokens[sequence] if len(tokens[sequence]) == len(keys) else None
+            columns[name] = null and null.value
+        columns |= {f"{prefix}null": null and null.mean, f"{prefix}null_std": null and null.std}
+        columns |= {f"{prefix}lift": null and null.lift, f"{prefix}z": null and null.z}
+    columns["sink_mass"] = None if stats.columns is None else _row_mean(stats.columns[..., 0], intervals)
+    columns["asymmetry"] = stats.asymmetry and stats.asymmetry.ratio
+    columns["unmasked_asymmetry"] = scores.unmasked_asymmetry
+    columns["score_asymmetry"] = scores.score_asymmetry
+    columns["entropy"] = None if stats.entropy is None else _row_mean(stats.entropy, intervals)
+    numbers = {name: None if x is None else x.tolist() for name, x in columns.items()}
+    received = None if stats.received_mean is None else _received(stats.received_mean, report.tokens, top)
     return [
-        {"index": j, "token": None if text is None else text[j], "mean": value}
-        for value, j in zip(values[:top].tolist(), keys[:top].tolist(), strict=True)
-        if value > 0
+        {"sequence": b, "layer": report.layer_ids[at], "head": head, "causal": scores.causal}
+        | {name: None if x is None or not math.isfinite(x[b][h]) else x[b][h] for name, x in numbers.items()}
+        | {"received": received[b][h] if received else []}
+        for b in range(len(intervals.start))
+        for h, head in enumerate(report.head_ids[at])
+    ]
+
+
+def _row_mean(value: Tensor, intervals: Intervals) -> Tensor:
+    """Mean of value [B, H, T] over the rows that may attend something, [B, H] float64."""
+    filled = intervals.stop > intervals.start
+    return torch.stack([x[:, rows].double().mean(1).nan_to_num(0) for x, rows in zip(value, filled, strict=True)])
+
+
+def _received(received: Tensor, tokens: list[list[str]], top: int) -> list[list[list[dict]]]:
+    """The keys with the largest mean attention received, ties to the earlier; padding is never among them."""
+    values, keys = received.sort(dim=-1, descending=True, stable=True)
+    texts = [text if len(text) == received.shape[2] else None for text in tokens]
+    return [
+        [
+            [
+                {"index": j, "token": None if text is None else text[j], "mean": value}
+                for value, j in zip(*of_head, strict=True)
+                if value > 0
+            ]
+            for of_head in zip(*of_sequence, strict=True)
+        ]
+        for text, *of_sequence in zip(texts, values[..., :top].tolist(), keys[..., :top].tolist(), strict=True)
     ]

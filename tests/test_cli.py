@@ -127,7 +127,7 @@ def test_progress_is_shown_on_a_terminal_only(bert, capsys, monkeypatch):
         (["--model", "{bert}", "--text", "a", "--heads", "2"], "heads must be different numbers from 0 to 1, got [2]"),
         (["--model", "{bert}", "--text", "a", "--layers", "x"], "expected numbers such as 0,5, got 'x'"),
         (["--model", "{bert}", "--text", "a", "--max-tokens", "0"], "expected a number from 1, got '0'"),
-        (["--model", "{bert}"], "one of the arguments --text --file is required"),
+        (["--model", "{bert}"], "one of the arguments --text --file --corpus is required"),
         (["--text", "a"], "the following arguments are required: --model"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from ..integrations.transformers.families import self_attention
+from ..integrations.transformers.families import self_attention, using
 from .scores import Scorer
 from .settings import settings_of
 from .shards import Shards
@@ -111,8 +111,9 @@ def analyze_corpus(
     missing = {n: span for n, span in spans.items() if found[n] is None}
     left, total = sum(map(len, missing.values())), sum(map(len, spans.values()))
     read = _Counter(total - left, total, progress)
-    for n, span in missing.items():
-        found[n] = shards.commit(n, *_shard(scorer, corpus, span, read))
+    with using(model):
+        for n, span in missing.items():
+            found[n] = shards.commit(n, *_shard(scorer, corpus, span, read))
     seconds = time.perf_counter() - began
     documents, rows = (sum(manifest[name] for manifest in found.values()) for name in ("analyzed", "rows"))
     resumed = len(spans) - len(missing)

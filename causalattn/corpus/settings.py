@@ -76,4 +76,12 @@ def _tokenizer(tokenizer) -> dict:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return own | {"vocabulary": tokenizer.get_vocab()}
-    return own | {"backend": json.loads(backend.to_str()) | {"truncation": None, "padding": None}}
+    cut, padded = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    own["backend"] = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    if cut:
+        backend.enable_truncation(**cut)
+    if padded:
+        backend.enable_padding(**padded)
+    return own

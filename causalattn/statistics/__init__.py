@@ -201,11 +201,10 @@ def score_asymmetry(q: Tensor, k: Tensor) -> Tensor:
     H, H_kv = q.shape[1], k.shape[1]
     result = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     for b in range(q.shape[0]):
-        for h in range(H):
-            Q, K = q[b, h].double(), k[b, h * H_kv // H].double()
-            norm, cross = ((Q.T @ Q) * (K.T @ K)).sum(), K.T @ Q
-            inner = (cross * cross.T).sum()
-            result[b, h] = torch.sqrt((norm - inner).clamp(min=0) / (norm + inner))
+        Q, K = q[b].double(), k[b].double().repeat_interleave(H // H_kv, 0)
+        norm, cross = ((Q.mT @ Q) * (K.mT @ K)).sum((1, 2)), K.mT @ Q
+        inner = (cross * cross.mT).sum((1, 2))
+        result[b] = torch.sqrt((norm - inner).clamp(min=0) / (norm + inner))
     return result
 
 

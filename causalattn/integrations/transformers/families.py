@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -10,6 +11,8 @@ from .attention import Place, attention_function, places
 from .masks import model_mask
 
 NAME = "causalattn"
+# models inside `using`, and their layers
+in_use: WeakKeyDictionary[nn.Module, dict[int, str]] = WeakKeyDictionary()
 
 
 def register() -> None:
@@ -58,12 +61,21 @@ def use(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def using(model: nn.Module) -> Iterator[nn.Module]:
-    """Run with the model switched over; on leaving, every configuration and training flag is what it was."""
+    """Run with the model switched over; on leaving, every configuration and training flag is what it was.
+
+    Inside another `using` of the same model it has nothing to do.
+    """
+    if model in in_use:
+        yield model
+        return
     implementations = [(config, config._attn_implementation) for config in _configs(model)]
     modes = [(module, module.training) for module in model.modules()]
     try:
-        yield use(model).eval()
+        use(model).eval()
+        in_use[model] = self_attention(model)
+        yield model
     finally:
+        in_use.pop(model, None)
         for config, implementation in implementations:
             config._attn_implementation_internal = implementation
         for module, training in modes:
@@ -97,6 +109,8 @@ def self_attention(model: nn.Module) -> dict[int, str]:
 
     The number is the module's own layer_idx where these are all given and all different, else its place in the model.
     """
+    if model in in_use:
+        return in_use[model]
     names = {n: m for n, m in attention_modules(model).items() if not _is_cross(n, m)}
     own = [getattr(module, "layer_idx", None) for module in names.values()]
     numbered = all(isinstance(i, int) for i in own) and len(set(own)) == len(own)
