@@ -17,7 +17,7 @@ from .masks import Intervals
 from .nulls import Null, null_from_stats
 from .short_layers import mapped, parted, stacked
 from .statistics import DEFAULT, AttentionStats, attention_stats, score_asymmetry
-from .statistics.short import is_short, short_stats
+from .statistics.short import fits_one_tile, is_short, short_stats
 
 WANT = (*DEFAULT, "received", "received_mean", "asymmetry")
 SCORED = ("mass", "sum_sq", "below", "dag_score")
@@ -122,7 +122,7 @@ def analyze(
     def visit(layer: int, call: AttentionCall, total: int) -> None:
         numbers[layer] = list(range(call.q.shape[1])) if heads is None else heads
         call = pick_heads(call, numbers[layer])
-        if is_short(call.q, call.k):
+        if is_short(call.q, call.k) and fits_one_tile(call.q, call.k):
             waiting[layer] = call
         else:
             found[layer] = to_cpu(measure(call))

@@ -272,3 +272,28 @@ def test_bad_models_and_inputs_are_named():
         analyze(tiny("bert"), "some text")
     with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
         analyze(torch.nn.Linear(2, 2), text_inputs())
+
+
+@pytest.mark.parametrize("family", ["bert", "gemma2", "gpt_oss"])
+def test_layers_measured_at_once_are_those_measured_one_by_one(family, monkeypatch):
+    # gemma2's and gpt_oss's layers have two masks, gpt_oss's a sink each
+    model, inputs = tiny(family).cpu(), {name: x.cpu() for name, x in text_inputs("right").items()}
+    at_once = analyze(model, inputs, want="all")
+    monkeypatch.setattr("causalattn.analysis.fits_one_tile", lambda q, k: False)
+    one_by_one = analyze(model, inputs, want="all")
+    assert at_once.layer_ids == one_by_one.layer_ids
+    torch.testing.assert_close(at_once[4:], one_by_one[4:])
+    torch.testing.assert_close(tuple(at_once.layers), tuple(one_by_one.layers))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt_oss"])
+def test_short_texts_are_measured_as_long_ones(family, monkeypatch):
+    model, inputs = exact(family).cpu(), {name: x.cpu() for name, x in text_inputs("left").items()}
+    short = analyze(model, inputs)
+    monkeypatch.setattr("causalattn.analysis.is_short", lambda q, k: False)
+    for ours, tiled in zip(short.rows(), analyze(model, inputs).rows(), strict=True):
+        assert [token.pop("mean") for token in ours["received"]] == pytest.approx(
+            [token.pop("mean") for token in tiled["received"]], rel=EPS
+        )
+        for name, value in tiled.items():
+            assert ours[name] == (pytest.approx(value, rel=EPS) if isinstance(value, float) else value)

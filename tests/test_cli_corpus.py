@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 from corpora import contents, rows_of, texts, write_jsonl
 from test_cli import refused
 from tiny_checkpoint import save_checkpoint
@@ -124,12 +125,14 @@ def test_another_job_and_an_interruption_are_one_line(command, tmp_path, capsys,
     assert changed == f"{tmp_path / 'out'} was begun with max_tokens = None, got 3"
     (tmp_path / "out" / "part-00001.json").unlink()
 
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+    for error, said in ((KeyboardInterrupt(), "interrupted"), (torch.OutOfMemoryError("no memory"), "no memory")):
 
-    with monkeypatch.context() as patched:
-        patched.setattr("causalattn.corpus.scores.analyze", interrupt)
-        assert refused(capsys, *command) == "interrupted; what is done is kept, and the same command goes on"
+        def fail(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr("causalattn.corpus.scores.analyze", fail)
+            assert refused(capsys, *command) == f"{said}; what is done is kept, and the same command goes on"
     assert cli.main(command) == 0 and contents(tmp_path / "out") == before
 
 

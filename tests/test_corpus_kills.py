@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import contents, texts, write_jsonl, write_parquet
 from tiny_checkpoint import save_checkpoint
+from tiny_models import full
 
 import causalattn
 
@@ -116,16 +117,16 @@ def test_killed_again_and_again_until_it_is_done(jobs, whole, tmp_path):
     assert contents(out) == expected
 
 
-def test_killed_in_place_of_each_step_of_a_commit(jobs, whole, tmp_path):
+# three of corpus.json, six of the first shard, of which the fifth puts the manifest there, six of the second
+@pytest.mark.parametrize("step", [2, 4, 8, *full(1, 3, 5, 6, 7, *range(9, 16))])
+def test_killed_in_place_of_a_step(jobs, whole, tmp_path, step):
     expected, _ = whole
-    # of corpus.json, of the first shard and of the second
-    for step in range(1, 3 + 6 + 6 + 1):
-        out = tmp_path / str(step)
-        assert jobs.run(out, dies_at=step)[0] == -signal.SIGKILL
-        check_shards(out, expected)
-        assert len([*out.glob("part-*.json")]) == (step > 3 + 5) + (step > 3 + 6 + 5)
-        assert jobs.run(out)[0] == 0, jobs.said()
-        assert contents(out) == expected
+    out = tmp_path / "out"
+    assert jobs.run(out, dies_at=step)[0] == -signal.SIGKILL
+    check_shards(out, expected)
+    assert len([*out.glob("part-*.json")]) == (step > 3 + 5) + (step > 3 + 6 + 5)
+    assert jobs.run(out)[0] == 0, jobs.said()
+    assert contents(out) == expected
 
 
 def test_a_file_that_may_not_grow_leaves_nothing_half_written(jobs, whole, tmp_path):

@@ -88,6 +88,11 @@ def test_which_texts_are_short():
     assert not is_short(q.to("meta"), q.to("meta")) and not is_short(q[:0], q[:0]) and not is_short(q, q[:, :, :0])
 
 
+def test_what_fits_one_tile():
+    q = torch.zeros(2, 2, 256, 8)
+    assert short.fits_one_tile(q, q) and not short.fits_one_tile(q, torch.zeros(2, 2, 257, 8))
+
+
 def test_what_it_refuses():
     q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 5, 8)
     with pytest.raises(ValueError, match="net_flow and asymmetry"):

@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace, rank: int, world_size: int) -> CorpusRes
             )  # fmt: skip
     except (ValueError, NotImplementedError) as error:
         raise CommandError(one_line(error)) from error
-    except (KeyboardInterrupt, OSError) as error:
+    except (KeyboardInterrupt, OSError, RuntimeError) as error:
         what = "interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error)
         begun = (arguments.out / SETTINGS).exists()
         raise CommandError(what + "; what is done is kept, and the same command goes on" * begun) from error

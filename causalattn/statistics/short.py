@@ -21,6 +21,11 @@ def is_short(q: Tensor, k: Tensor) -> bool:
     return q.device.type == "cpu" and q.numel() > 0 and 0 < min(lengths) and max(lengths) <= BLOCK
 
 
+def fits_one_tile(q: Tensor, k: Tensor) -> bool:
+    """Whether the matrices of all heads have fewer elements than a tile, so that the time goes into calls."""
+    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= AREA
+
+
 def short_stats(
     q: Tensor,
     k: Tensor,
