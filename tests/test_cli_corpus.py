@@ -35,7 +35,7 @@ def test_one_line_says_what_there_is(command, tmp_path, capsys):
     folder = tmp_path / "out"
     said = "documents: 6, skipped: 1, rows: 24, shards: 3 (0 were there), "
     assert out.startswith(said) and out.endswith(f" documents a second, in {folder}\n") and out.count("\n") == 1
-    assert err == f"causalattn: why documents were skipped: {folder / 'part-*.json'}\n"
+    assert err == f"causalattn: why documents were skipped: {folder / '_part-*.json'}\n"
     assert [row["id"] for row in rows_of(folder)[::4]] == [f"u{n}" for n in range(6)]
     assert cli.main(command) == 0
     assert "shards: 3 (3 were there), 0.0 documents a second" in capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_another_job_and_an_interruption_are_one_line(command, tmp_path, capsys,
     before = contents(tmp_path / "out")
     changed = refused(capsys, *command, "--max-tokens", "3")
     assert changed == f"{tmp_path / 'out'} was begun with max_tokens = None, got 3"
-    (tmp_path / "out" / "part-00001.json").unlink()
+    (tmp_path / "out" / "_part-00001.json").unlink()
 
     for error, said in ((KeyboardInterrupt(), "interrupted"), (torch.OutOfMemoryError("no memory"), "no memory")):
 

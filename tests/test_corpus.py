@@ -36,9 +36,9 @@ def test_rows_are_those_of_each_document_alone(corpus, tmp_path, family):
     ]
     assert rows_of(tmp_path / "out") == expected
     assert result[:5] == (17, 0, 17 * 4, 5, 0) and result.documents_per_second == 17 / result.seconds
-    parts = [f"part-{n:05d}.{kind}" for n in range(5) for kind in ("json", "parquet")]
-    assert [*contents(tmp_path / "out")] == ["corpus.json", *parts]
-    manifest = json.loads((tmp_path / "out" / "part-00004.json").read_bytes())
+    parts = [pattern.format(n) for pattern in ("_part-{:05d}.json", "part-{:05d}.parquet") for n in range(5)]
+    assert [*contents(tmp_path / "out")] == ["_corpus.json", *parts]
+    manifest = json.loads((tmp_path / "out" / "_part-00004.json").read_bytes())
     assert manifest["documents"] == [16, 17] and manifest["rows"] == 4
 
 
@@ -220,7 +220,7 @@ def test_an_empty_file_among_others_is_noted(corpus, tmp_path):
     analyzed([empty[0], corpus[0], *empty[1:], corpus[1]], tmp_path / "out")
     analyzed(corpus, tmp_path / "without")
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "without")
-    sources = json.loads((tmp_path / "out" / "corpus.json").read_bytes())["sources"]
+    sources = json.loads((tmp_path / "out" / "_corpus.json").read_bytes())["sources"]
     assert [source["documents"] for source in sources] == [0, 10, 0, 0, 7]
     with pytest.raises(ValueError, match=r"^sources must hold at least one document, got .*empty.jsonl, .*nothing.pa"):
         analyzed(empty, tmp_path / "none")

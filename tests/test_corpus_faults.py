@@ -69,11 +69,13 @@ def test_a_failure_at_any_step_leaves_whole_shards_only(corpus, tmp_path, monkey
                 break
         left = contents(out)
         assert left.items() <= contents(whole).items()
-        parts = sorted(name for name in left if name.startswith("part"))
-        assert parts == [f"part-{k:05d}.{kind}" for k in range(len(parts) // 2) for kind in ("json", "parquet")]
+        parts = sorted({*left} - {"_corpus.json"}, key=lambda name: name.lstrip("_"))
+        assert parts == [
+            name.format(k) for k in range(len(parts) // 2) for name in ("_part-{:05d}.json", "part-{:05d}.parquet")
+        ]
         analyzed(source, out)
         assert contents(out) == contents(whole)
-    # corpus.json, and three shards of two files
+    # _corpus.json, and three shards of two files
     assert n - 1 == {"replace": 1 + 3 * 2, "fsync": 2 + 3 * 4}[name]
 
 
@@ -81,11 +83,11 @@ def test_a_full_disk_names_the_file(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", Failing(os.fsync, 3, OSError(28, "No space left on device")))
     with pytest.raises(OSError, match=r"No space left on device: '.*part-00000.parquet.tmp'") as raised:
         analyzed(corpus[0], tmp_path / "out")
-    assert raised.value.errno == 28 and [*contents(tmp_path / "out")] == ["corpus.json"]
+    assert raised.value.errno == 28 and [*contents(tmp_path / "out")] == ["_corpus.json"]
 
 
 def damage(out, kind):
-    parquet, manifest = out / "part-00001.parquet", out / "part-00001.json"
+    parquet, manifest = out / "part-00001.parquet", out / "_part-00001.json"
     if kind == "no table":
         parquet.unlink()
     elif kind == "half a table":
@@ -115,7 +117,7 @@ def test_a_damaged_shard_is_made_again(corpus, tmp_path, kind):
 def test_leftovers_of_a_kill_go_with_the_rank_that_owns_them(corpus, tmp_path):
     source, whole = corpus
     out = shutil.copytree(whole, tmp_path / "out")
-    left = [".part-00001.parquet.tmp", ".part-00001.json.tmp", ".part-00002.parquet.tmp", ".corpus-00003.json.tmp"]
+    left = [".part-00001.parquet.tmp", "._part-00001.json.tmp", ".part-00002.parquet.tmp", ".corpus-00003.json.tmp"]
     for name in [*left, "notes.txt", ".other.tmp"]:
         (out / name).write_text("half")
     analyzed(source, out, rank=0, world_size=2)
@@ -202,11 +204,13 @@ def test_a_folder_that_is_not_a_jobs_is_left_alone(corpus, tmp_path):
     source, whole = corpus
     out = shutil.copytree(whole, tmp_path / "out")
     for other in ("{", "[]", '{"documents": 7}'):
-        (out / "corpus.json").write_text(other)
-        with pytest.raises(ValueError, match=r"^out must be empty or hold a job's corpus.json, got another .*out/corp"):
+        (out / "_corpus.json").write_text(other)
+        with pytest.raises(
+            ValueError, match=r"^out must be empty or hold a job's _corpus.json, got another .*out/_cor"
+        ):
             analyzed(source, out)
-    (out / "corpus.json").unlink()
-    with pytest.raises(ValueError, match=r"^out must be empty or hold a job's corpus.json, got .*part-0000.* without"):
+    (out / "_corpus.json").unlink()
+    with pytest.raises(ValueError, match=r"^out must be empty or hold a job's _corpus.json, got .*part-0000.* without"):
         analyzed(source, out)
     with pytest.raises(ValueError, match=r"^out must be a folder, got the file .*a.jsonl$"):
         analyzed(source, source)
@@ -246,7 +250,7 @@ def test_a_source_that_shrinks_meanwhile_is_an_error(tmp_path):
 
     with pytest.raises(ValueError, match=r"a.jsonl must not change while it is read, got fewer documents than before"):
         analyzed(source, tmp_path / "out", progress=shrink)
-    assert [*contents(tmp_path / "out")] == ["corpus.json", "part-00000.json", "part-00000.parquet"]
+    assert [*contents(tmp_path / "out")] == ["_corpus.json", "_part-00000.json", "part-00000.parquet"]
 
 
 @pytest.mark.parametrize(
@@ -277,4 +281,4 @@ def test_without_pyarrow_the_extra_is_named(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"^pyarrow is not installed: pip install 'causalattn\[corpus\]'$"):
         analyzed(corpus[0], tmp_path / "out")
-    assert table.SCHEMA == 1 and json.loads((corpus[1] / "corpus.json").read_bytes())["schema"] == 1
+    assert table.SCHEMA == 1 and json.loads((corpus[1] / "_corpus.json").read_bytes())["schema"] == 1

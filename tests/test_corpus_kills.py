@@ -78,9 +78,10 @@ def whole(jobs):
 
 def check_shards(out, whole):
     """Whatever else is left, each manifest there is names a whole table, and each table can be read."""
-    for manifest in out.glob("part-*.json"):
+    for manifest in out.glob("_part-*.json"):
         named = json.loads(manifest.read_bytes())
-        assert named["sha256"] == hashlib.sha256(manifest.with_suffix(".parquet").read_bytes()).hexdigest()
+        table = manifest.with_name(manifest.name.removeprefix("_")).with_suffix(".parquet")
+        assert named["sha256"] == hashlib.sha256(table.read_bytes()).hexdigest()
     for table in out.glob("part-*.parquet"):
         pq.read_table(table)
     assert {
@@ -98,7 +99,7 @@ def test_killed_at_random_and_resumed(jobs, whole, tmp_path, kills):
         killed += code == -signal.SIGKILL
         if out.exists():
             check_shards(out, expected)
-            seen.add(len([*out.glob("part-*.json")]))
+            seen.add(len([*out.glob("_part-*.json")]))
         assert jobs.run(out)[0] == 0, jobs.said()
         assert contents(out) == expected
         if killed == kills:
@@ -117,14 +118,14 @@ def test_killed_again_and_again_until_it_is_done(jobs, whole, tmp_path):
     assert contents(out) == expected
 
 
-# three of corpus.json, six of the first shard, of which the fifth puts the manifest there, six of the second
+# three of _corpus.json, six of the first shard, of which the fifth puts the manifest there, six of the second
 @pytest.mark.parametrize("step", [2, 4, 8, *full(1, 3, 5, 6, 7, *range(9, 16))])
 def test_killed_in_place_of_a_step(jobs, whole, tmp_path, step):
     expected, _ = whole
     out = tmp_path / "out"
     assert jobs.run(out, dies_at=step)[0] == -signal.SIGKILL
     check_shards(out, expected)
-    assert len([*out.glob("part-*.json")]) == (step > 3 + 5) + (step > 3 + 6 + 5)
+    assert len([*out.glob("_part-*.json")]) == (step > 3 + 5) + (step > 3 + 6 + 5)
     assert jobs.run(out)[0] == 0, jobs.said()
     assert contents(out) == expected
 
@@ -133,10 +134,10 @@ def test_a_file_that_may_not_grow_leaves_nothing_half_written(jobs, whole, tmp_p
     expected, _ = whole
     sizes = {name: len(content) for name, content in expected.items()}
     limit = sizes["part-00000.parquet"] - 1
-    assert limit > sizes["corpus.json"]
+    assert limit > sizes["_corpus.json"]
     out = tmp_path / "out"
     code, _ = jobs.run(out, limit=limit)
-    assert code == 2 and [*contents(out)] == ["corpus.json"]
+    assert code == 2 and [*contents(out)] == ["_corpus.json"]
     refusal = f"File too large: '{out / '.part-00000.parquet.tmp'}'; what is done is kept, and the same command goes on"
     assert jobs.said()[-1].startswith("causalattn: error: ") and jobs.said()[-1].endswith(refusal)
     code, _ = jobs.run(out)

@@ -51,7 +51,7 @@ def analyze_documents(arguments: argparse.Namespace) -> None:
     )
     print(json.dumps(facts, ensure_ascii=False) if arguments.json else line)
     if result.skipped:
-        print(f"causalattn: why documents were skipped: {arguments.out / 'part-*.json'}", file=sys.stderr)
+        print(f"causalattn: why documents were skipped: {arguments.out / '_part-*.json'}", file=sys.stderr)
 
 
 def _run(arguments: argparse.Namespace, rank: int, world_size: int) -> CorpusResult:

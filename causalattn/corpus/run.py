@@ -52,9 +52,9 @@ def analyze_corpus(
     """Analyze every document of JSONL and Parquet files, and leave a row a document, layer and head in Parquet files.
 
     Documents are numbered through all sources. Those from n·documents_per_shard on are shard n: part-n.parquet, and
-    part-n.json, its manifest, which names the documents that were skipped and why. Both are written under other names,
+    _part-n.json, its manifest, which names the documents that were skipped and why. Both are written under other names,
     synced and renamed, the manifest last. A job that was killed is resumed by the same call, with any world_size:
-    shards whose manifest holds are not touched. corpus.json says what the job is. A document's rows are those of
+    shards whose manifest holds are not touched. _corpus.json says what the job is. A document's rows are those of
     `analyze` of it alone, and the files' bytes the same however often the job was killed.
 
     Args:

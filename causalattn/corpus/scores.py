@@ -9,6 +9,8 @@ from torch import nn
 from ..analysis import Report, analyze
 from .source import BadDocument, Document
 
+# what the rows of a report are made of
+WANT = ("dag_score", "entropy", "columns", "received_mean", "asymmetry")
 # no document's fault
 FATAL = (NotImplementedError, torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -35,7 +37,7 @@ class Scorer(NamedTuple):
         tokens = self.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
         on_device = {name: x.to(self.model.device) for name, x in inputs.items()}
         try:
-            report = analyze(self.model, on_device, layers=self.layers, heads=self.heads, tokens=tokens)
+            report = analyze(self.model, on_device, want=WANT, layers=self.layers, heads=self.heads, tokens=tokens)
         except FATAL:
             raise
         except (IndexError, RuntimeError) as error:  # such as a position beyond the model's tables
@@ -75,5 +77,5 @@ def token_limit(model: nn.Module, tokenizer, *limits: int | None) -> int | None:
 
 def _check_finite(report: Report) -> None:
     for layer, stats in zip(report.layer_ids, report.layers, strict=True):
-        if not all(x.isfinite().all() for x in (stats.lse, stats.entropy, stats.dag_score)):
+        if not (stats.entropy.isfinite().all() and stats.dag_score.isfinite().all()):
             raise BadDocument(f"the scores of layer {layer} are not finite")

@@ -13,7 +13,7 @@ SAMPLED = 1024
 
 
 def settings_of(model: nn.Module, tokenizer, sources: list[dict], chosen: dict) -> dict:
-    """The contents of corpus.json: versions, the model, the tokenizer, the sources and what was chosen."""
+    """The contents of _corpus.json: versions, the model, the tokenizer, the sources and what was chosen."""
     import transformers
 
     from .. import __version__

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from .settings import first_difference
 
-SETTINGS = "corpus.json"
-LEFTOVER = re.compile(r"\.(?:part|corpus)-(\d+)\.(?:parquet|json)\.tmp")
+# what starts with _ or . is no part of the data where a folder is read as one table
+SETTINGS = "_corpus.json"
+LEFTOVER = re.compile(r"\._?(?:part|corpus)-(\d+)\.(?:parquet|json)\.tmp")
 
 
 class Shards:
     """The shards of one rank in a folder that all ranks share.
 
-    Shard n is part-n.parquet, and part-n.json, its manifest. It counts once the manifest is there and names the very
+    Shard n is part-n.parquet, and _part-n.json, its manifest. It counts once the manifest is there and names the very
     bytes of the table; until then it is as if there were nothing. Number n is rank n % world_size's, leftovers too.
     """
 
@@ -63,7 +64,7 @@ class Shards:
         return manifest
 
     def _paths(self, n: int) -> tuple[Path, Path]:
-        return self.folder / f"part-{n:05d}.parquet", self.folder / f"part-{n:05d}.json"
+        return self.folder / f"part-{n:05d}.parquet", self.folder / f"_part-{n:05d}.json"
 
     def _check_settings(self) -> bool:
         """Whether the job has begun; what is there must be of this very job."""
