@@ -19,6 +19,8 @@ from .rows import ROWS, row_statistics
 
 ROW_STATISTICS = ("lse", "max", "mass", "entropy", "sum_sq", "below", "diag", "distance", "columns")
 DEFAULT = (*ROW_STATISTICS, "dag_score")
+# elements of q that score_asymmetry has in float64 at once, if one head has no more
+AT_ONCE = 2**21
 
 
 def attention_stats(
@@ -200,11 +202,13 @@ def score_asymmetry(q: Tensor, k: Tensor) -> Tensor:
     check_square("score_asymmetry", q, k)
     H, H_kv = q.shape[1], k.shape[1]
     result = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    several = max(1, AT_ONCE // max(1, q[:1, :1].numel()))
     for b in range(q.shape[0]):
-        Q, K = q[b].double(), k[b].double().repeat_interleave(H // H_kv, 0)
-        norm, cross = ((Q.mT @ Q) * (K.mT @ K)).sum((1, 2)), K.mT @ Q
-        inner = (cross * cross.mT).sum((1, 2))
-        result[b] = torch.sqrt((norm - inner).clamp(min=0) / (norm + inner))
+        for h in torch.arange(H, device=q.device).split(several):
+            Q, K = q[b, h].double(), k[b, h * H_kv // H].double()
+            norm, cross = ((Q.mT @ Q) * (K.mT @ K)).sum((1, 2)), K.mT @ Q
+            inner = (cross * cross.mT).sum((1, 2))
+            result[b, h] = torch.sqrt((norm - inner).clamp(min=0) / (norm + inner)).to(result.dtype)
     return result
 
 
