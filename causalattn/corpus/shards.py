@@ -28,7 +28,7 @@ class Shards:
         for path in folder.glob(".*.tmp"):
             left = LEFTOVER.fullmatch(path.name)
             if left and int(left[1]) % world_size == rank:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def done(self, n: int) -> dict | None:
         """The manifest of a shard that counts."""
