@@ -22,6 +22,7 @@ from .statistics.short import fits_one_tile, is_short, short_stats
 WANT = (*DEFAULT, "received", "received_mean", "asymmetry")
 SCORED = ("mass", "sum_sq", "below", "dag_score")
 
+Operator = Callable[..., AttentionStats]
 Visit = Callable[[int, AttentionCall, int], AttentionStats | None]
 
 
@@ -113,25 +114,27 @@ def analyze(
     waiting: dict[int, AttentionCall] = {}
     numbers: dict[int, list[int]] = {}
 
-    def measure(call: AttentionCall) -> tuple[AttentionStats, HeadScores, Intervals]:
-        stats = _measured(call, call.intervals, kept | {*SCORED, "columns"}, ("sink",))
-        scores = _score(call, stats, null, "asymmetry" in kept)
+    def measure(call: AttentionCall, operator: Operator) -> tuple[AttentionStats, HeadScores, Intervals]:
+        stats = operator(call.q, call.k, want=kept | {*SCORED, "columns"}, **call.options())
+        scores = _score(call, stats, null, "asymmetry" in kept, operator)
         stats = stats._replace(**{name: None for name in stats._fields if name not in kept})
         return stats, scores, _per_sequence(call)
 
     def visit(layer: int, call: AttentionCall, total: int) -> None:
         numbers[layer] = list(range(call.q.shape[1])) if heads is None else heads
         call = pick_heads(call, numbers[layer])
-        if is_short(call.q, call.k) and fits_one_tile(call.q, call.k):
+        # of a batch no text's numbers may depend on how long the others are
+        short = call.q.shape[0] == 1 and is_short(call.q, call.k)
+        if short and fits_one_tile(call.q, call.k):
             waiting[layer] = call
         else:
-            found[layer] = to_cpu(measure(call))
+            found[layer] = to_cpu(measure(call, short_stats if short else attention_stats))
         if progress is not None:
             progress(len(numbers), total)
 
     each_layer(model, inputs, layers, visit)
     for group, call in stacked(waiting):
-        found |= zip(group, parted(measure(call), len(group)), strict=True)
+        found |= zip(group, parted(measure(call, short_stats), len(group)), strict=True)
     ids = sorted(found)
     stats, scores, intervals = ([found[i][part] for i in ids] for part in range(3))
     if texts is None:
@@ -272,18 +275,13 @@ def window_probs(call: AttentionCall, window: range, *, sequence: int = 0) -> Te
     return torch.stack(parts)
 
 
-def _measured(call: AttentionCall, intervals: Intervals, want: set[str], columns: Sequence) -> AttentionStats:
-    measure = short_stats if is_short(call.q, call.k) else attention_stats
-    return measure(call.q, call.k, want=want, columns=columns, **call.options() | {"mask": intervals})
-
-
-def _score(call: AttentionCall, stats: AttentionStats, null: bool, asymmetry: bool) -> HeadScores:
+def _score(call: AttentionCall, stats: AttentionStats, null: bool, asymmetry: bool, operator: Operator) -> HeadScores:
     start, stop, *_ = call.intervals
     S, T = call.k.shape[2], call.q.shape[2]
     exact = null and (call.bias is None or not bool(call.bias.isneginf().any()))
 
     def measure(intervals: Intervals, want: set[str]) -> AttentionStats:
-        return _measured(call, intervals, want, ())
+        return operator(call.q, call.k, want=want, columns=(), **call.options() | {"mask": intervals})
 
     scores = None
     if T == S:

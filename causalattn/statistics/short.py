@@ -40,7 +40,7 @@ def short_stats(
 ) -> AttentionStats:
     """What `attention_stats` gives, without gradient, in time that grows with the text's own length.
 
-    The last bits are not those of `attention_stats`, and depend on how long the other texts of a batch are.
+    The last bits are not those of `attention_stats` and depend on T, for a shorter text of a batch too.
     """
     check_qk(q, k)
     want = wanted(want)
