@@ -12,6 +12,7 @@ from .arguments import numbers, positive
 from .corpus import add_corpus, analyze_documents, check_no_corpus
 from .model import Loaded, check_text, encode, load
 from .output import check_plotting, print_files
+from .sharded import check_processes, score_sharded
 
 
 def add(commands) -> None:
@@ -25,6 +26,7 @@ def add(commands) -> None:
     sub.add_argument("--max-tokens", type=positive, metavar="N", help="leave out the text after N tokens")
     sub.add_argument("--json", action="store_true", help="print JSON in place of the table")
     add_files(sub)
+    sub.add_argument("--distributed", action="store_true", help="this is one of torchrun's processes")
     add_corpus(sub, source)
     sub.set_defaults(run=_analyze)
 
@@ -41,11 +43,18 @@ def _analyze(arguments: argparse.Namespace) -> None:
     text = read(arguments.file) if arguments.text is None else arguments.text
     check_text(text, arguments.file or "--text")
     check_plotting(arguments.figures or arguments.html)
+    if arguments.distributed:
+        check_processes(arguments)
     loaded = load(arguments.model)
-    chosen = {"layers": arguments.layers, "heads": arguments.heads}
-    drawn = bool(arguments.figures or arguments.html)
     title = arguments.file.name if arguments.file else "text"
-    section = score(loaded, title, text, drawn, arguments.max_tokens, **chosen)
+    if arguments.distributed:
+        section = score_sharded(loaded, title, text, arguments)
+        if section is None:
+            return None
+    else:
+        chosen = {"layers": arguments.layers, "heads": arguments.heads}
+        drawn = bool(arguments.figures or arguments.html)
+        section = score(loaded, title, text, drawn, arguments.max_tokens, **chosen)
     files = {}
     if arguments.figures:
         files |= {arguments.figures / f"{drawing.name}.png": drawing.png() for drawing in section.drawings}

@@ -15,7 +15,7 @@ from .arguments import positive
 from .model import load
 
 # what says nothing without --corpus, and what says nothing with it
-OWN = ("out", "text_field", "id_field", "documents_per_shard", "long", "device", "distributed")
+OWN = ("out", "text_field", "id_field", "documents_per_shard", "long", "device")
 OTHERS = ("figures", "html")
 
 
@@ -27,7 +27,6 @@ def add_corpus(sub: argparse.ArgumentParser, source) -> None:
     sub.add_argument("--long", choices=("skip", "cut"), help="documents that the model cannot take (default: skip)")
     sub.add_argument("--documents-per-shard", type=positive, metavar="N", help="of each Parquet file (default: 64)")
     sub.add_argument("--device", metavar="NAME", help="where the model runs (default: cpu)")
-    sub.add_argument("--distributed", action="store_true", help="this is one of torchrun's processes")
 
 
 def check_no_corpus(arguments: argparse.Namespace) -> None:

@@ -21,10 +21,7 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 def score_sharded(loaded: Loaded, title: str, text: str, arguments: argparse.Namespace) -> Section | None:
     """Analyze one text over all processes; the section on the first of them, None on the others."""
-    for name in ("figures", "heads"):
-        if getattr(arguments, name):
-            raise CommandError(f"--{name} cannot be with --distributed")
-    with processes() as mesh:
+    with _processes() as mesh:
         first = mesh.get_local_rank() == 0
         # the others would say the same of the text
         with nullcontext() if first else redirect_stderr(io.StringIO()):
@@ -44,15 +41,22 @@ def score_sharded(loaded: Loaded, title: str, text: str, arguments: argparse.Nam
         return Section(title, text, report, (), left_out) if first else None
 
 
-@contextmanager
-def processes() -> Iterator[DeviceMesh]:
-    """A mesh of all of torchrun's processes: NCCL where each has a GPU, else gloo."""
+def check_processes(arguments: argparse.Namespace) -> None:
+    """Before a model is loaded: whether this is one of torchrun's processes, and asked for what they can do."""
+    for name in ("figures", "heads"):
+        if getattr(arguments, name):
+            raise CommandError(f"--{name} cannot be with --distributed")
     missing = [name for name in NEEDED if name not in os.environ]
     if missing:
         raise CommandError(
             f"--distributed needs {missing[0]}, which torchrun sets: "
             "torchrun --nproc-per-node 4 -m causalattn analyze --distributed …"
         )
+
+
+@contextmanager
+def _processes() -> Iterator[DeviceMesh]:
+    """A mesh of all of torchrun's processes: NCCL where each has a GPU, else gloo."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
