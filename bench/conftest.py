@@ -112,8 +112,17 @@ def pytest_sessionfinish(session):
 
 
 def joined(before: list[dict], rows: list[dict]) -> list[dict]:
-    """The rows of this machine that were there, in place or replaced where measured again, and the new ones."""
-    before = [row for row in before if row["device"] == rows[0]["device"]]
+    """The rows that were there, in place or replaced where measured again, and the new ones; two machines do not mix.
+
+    A whole run on another machine takes the place of what was there; a part of one has none beside it.
+    """
+    if before and before[0]["device"] != rows[0]["device"]:
+        if len(rows) < len(before) / 2:
+            here, there = rows[0]["device"], before[0]["device"]
+            raise pytest.UsageError(
+                f"the rows there are of {there}, these {len(rows)} of {here}: run all, or set RESULTS"
+            )
+        before = []
     new = {_key(row): row for row in rows}
     kept = [new.pop(_key(row), row) for row in before]
     return kept + list(new.values())

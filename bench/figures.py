@@ -47,7 +47,7 @@ def roofline(rows: Sequence[dict]) -> Drawing:
     best = {}
     for row in rows:
         if row["peer"] == OURS and row["ms"] and row.get("flops_per_byte"):
-            best[row["operator"]] = row
+            best[row["operator"]] = max(row, best.get(row["operator"], row), key=_length)
     figure = sheet(8.4, 5.2, f"{rows[0]['device']}: operators under its roofs")
     axes = figure.subplots()
     roofs = [row["ceilings"] for row in best.values()]
@@ -56,7 +56,7 @@ def roofline(rows: Sequence[dict]) -> Drawing:
     x.append(2 * max(row["flops_per_byte"] for row in best.values()))
     axes.plot(x, [min(matmul, copy * at) for at in x], color=INK, linewidth=1.6)
     axes.annotate(f"product, {matmul:.0f} GFLOP/s", (x[-1], matmul), (-4, 5), textcoords="offset points", ha="right")
-    axes.annotate(f"copy, {copy:.0f} GB/s", (x[0], copy * x[0]), (4, 16), textcoords="offset points")
+    axes.annotate(f"copy, {copy:.0f} GB/s", (x[0], copy * x[0]), (14, -4), textcoords="offset points")
     for n, (operator, row) in enumerate(sorted(best.items(), key=lambda item: item[1]["gflops"]), 1):
         axes.plot(row["flops_per_byte"], row["gflops"], "o", color=BLUE, markersize=5)
         at = row["flops_per_byte"], row["gflops"]

@@ -12,6 +12,7 @@ the mask, which are few in a long text: a time that is met means a pipe that is 
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,9 +113,9 @@ def page(counts: dict[str, Count], rows: Sequence[dict]) -> str:
         "# What GPUs should take",
         f"Milliseconds of {HEADS} heads of {LENGTH:,} tokens in bfloat16: nothing but what the busiest pipe takes. The "
         "instructions a score are those of the machine code (`make sheet`), the rates published ones. Times grow with "
-        "the square of the tokens, of linear attention with the tokens; a causal mask halves them. Behind a time: what "
-        "it is bound by, and what was measured where that GPU was at hand. Made by `python bench/report.py` of "
-        "`bench/counts.json`.",
+        "the square of the tokens, and a causal mask halves them; of linear attention they grow with the tokens. "
+        "Behind a time: what it is bound by, and what was measured where that GPU was at hand. Made by "
+        "`python bench/report.py` of `bench/counts.json`.",
         "\n".join(_table(counts, rows, names)),
         "\n".join(_rates()),
     ]
@@ -133,10 +134,16 @@ def _table(counts: dict[str, Count], rows: Sequence[dict], names: Sequence[str])
                     row["ms"]["p50"]
                     for row in rows
                     if row["operator"] == operator and row["shape"] == [1, HEADS, LENGTH, D] and row["ms"]
-                    and row["peer"] == "causalattn" and gpu.name in row["device"]
+                    and row["peer"] == "causalattn" and same_gpu(gpu.name, row["device"])
                 ]  # fmt: skip
                 cells.append(f"{ms:.3g} {bound}" + "".join(f", measured {x:.3g}" for x in seen))
             yield f"| {operator} | {D} | {' | '.join(cells)} |"
+
+
+def same_gpu(name: str, device: str) -> bool:
+    """Whether a device is that GPU, not one of its smaller or larger kin."""
+    words = re.split(r"[\s-]+", device)
+    return set(name.split()) <= set(words) and not {"Laptop", "40GB", "PCIe", "PCIE", "D"} & set(words)
 
 
 def _rates() -> Iterator[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import predict
 import scaling
 from cases import OURS
-from figures import growth, peak, roofline
+from figures import GROWN, growth, peak, roofline
 
 from causalattn.complexity import LINEAR, SOFTMAX, Complexity, Point, crossover, fitted_exponent
 from causalattn.plot.complexity import draw_complexity
@@ -63,8 +63,8 @@ def main() -> None:
         sys.exit(1 if stale else 0)
     for path in stale:
         path.write_text(wanted[path], "utf-8")
-    first = next(iter(devices(rows).values()))
-    for drawing in (growth(first), roofline(first), draw_complexity(complexity(first))):
+    own = drawn(rows)
+    for drawing in (growth(own), roofline(own), draw_complexity(complexity(own))):
         (DOCS / f"{drawing.name}.png").write_bytes(drawing.png())
 
 
@@ -77,6 +77,11 @@ def measured(folder: Path = RESULTS) -> list[dict]:
 def devices(rows: Sequence[dict]) -> dict[str, list[dict]]:
     """The rows by their devices."""
     return {name: [x for x in rows if x["device"] == name] for name in dict.fromkeys(row["device"] for row in rows)}
+
+
+def drawn(rows: Sequence[dict]) -> list[dict]:
+    """Those of the first device that has what the figures need."""
+    return next(own for own in devices(rows).values() if {GROWN, "linear attention"} <= {x["operator"] for x in own})
 
 
 def readme_table(rows: Sequence[dict]) -> str:
@@ -97,7 +102,8 @@ def readme_table(rows: Sequence[dict]) -> str:
 
 def softmax_or_linear(rows: Sequence[dict]) -> str:
     """A sentence a device: how both grow, and where they cross."""
-    return "\n".join(_verdict(complexity(own)) for own in devices(rows).values())
+    every = [own for own in devices(rows).values() if any(row["operator"] == "linear attention" for row in own)]
+    return "\n".join(_verdict(complexity(own)) for own in every)
 
 
 def complexity(rows: Sequence[dict]) -> Complexity:
@@ -155,9 +161,10 @@ def page(rows: Sequence[dict]) -> str:
         "before, none where that was enough. A row that was not measured says why. Made by `python bench/report.py` "
         "of `bench/results/`.",
     ]
-    for n, (device, own) in enumerate(devices(rows).items()):
+    shown = drawn(rows)[0]["device"]
+    for device, own in devices(rows).items():
         parts.append(f"# {device}")
-        if not n:
+        if device == shown:
             parts += [f"![{drawing.caption}]({drawing.name}.png)" for drawing in (growth(own), roofline(own))]
         parts.append(_ceilings(own))
         for operator in dict.fromkeys(row["operator"] for row in own):

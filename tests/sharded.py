@@ -31,10 +31,12 @@ def operator(mesh, name, tensors, *, order="contiguous", lengths=None, dim=2, sh
     return result, sent
 
 
-def scan(mesh, u, delta, A, B, C, D, z, *, lengths=None, **options):
+def scan(mesh, u, delta, A, B, C, D, z, *, lengths=None, counted=False, **options):
     local = [part(x, mesh, "contiguous", lengths, 1) for x in (u, delta, B, C, z)]
     u, delta, B, C, z = local
-    return distributed.selective_scan(u, delta, A, B, C, D, z, mesh=mesh, **options)
+    with distributed.traffic() as sent:
+        result = distributed.selective_scan(u, delta, A, B, C, D, z, mesh=mesh, **options)
+    return (result, sent) if counted else result
 
 
 def round_trip(mesh, x, order, dim):
@@ -45,6 +47,9 @@ def round_trip(mesh, x, order, dim):
 def wrong(mesh, case):
     """A call that must be refused, before any rank waits for another."""
     q = torch.zeros(1, 2, 4, 8)
+    u = torch.zeros(1, 4, 6)
+    beyond = ca.full().resolve(8, 8)
+    beyond = beyond._replace(stop=beyond.stop + 100)
     calls = {
         "mesh": lambda: distributed.attention(q, q, q, mesh="ranks"),
         "order": lambda: distributed.attention(q, q, q, mesh=mesh, order="striped"),
@@ -60,7 +65,55 @@ def wrong(mesh, case):
         "slopes": lambda: distributed.attention_stats(q, q, mesh=mesh, want="all", alibi_slopes=torch.ones(2)),
         "n": lambda: distributed.attention_topk(q, q, 0, mesh=mesh),
         "n of a kind": lambda: distributed.attention_topk(q, q, 1.5, mesh=mesh),
+        "state": lambda: distributed.linear_attention(
+            q, q, q, mesh=mesh, initial_state=ca.LinearState(torch.zeros(1, 2, 8, 7), torch.zeros(1, 2, 8))
+        ),
+        "state of a scan": lambda: distributed.selective_scan(
+            u,
+            u,
+            -torch.ones(6, 4),
+            u[..., :4],
+            u[..., :4],
+            mesh=mesh,
+            initial_state=torch.zeros(1, 6, 3),
+        ),
+        "backend": lambda: distributed.attention(q, q, q, mesh=mesh, backend="nonsense"),
+        "interval": lambda: distributed.attention(q, q, q, mesh=mesh, mask=beyond),
+        "dim": lambda: distributed.shard(torch.zeros(3), mesh=mesh),
         "decay": lambda: distributed.linear_attention(q, q, q, mesh=mesh, causal=False, decay=torch.zeros(2)),
+    }
+    calls[case]()
+
+
+def disagreeing(mesh, case):
+    """A call of which the ranks give different arguments."""
+    second = mesh.get_local_rank() == 1
+    q = torch.zeros(1, 2, 4, 8)
+    narrow = q[..., :4] if second else q
+    calls = {
+        "dtype": lambda: distributed.attention(*3 * [q.half() if second else q.bfloat16()], mesh=mesh),
+        "dim": lambda: distributed.attention(narrow, narrow, q, mesh=mesh),
+        "order": lambda: distributed.attention(q, q, q, mesh=mesh, order="zigzag" if second else "contiguous"),
+        "causal": lambda: distributed.attention(q, q, q, mesh=mesh, causal=second),
+        "scale": lambda: distributed.attention(q, q, q, mesh=mesh, scale=2.0 if second else None),
+        "operator": lambda: distributed.attention_topk(q, q, 1, mesh=mesh) if second
+        else distributed.attention(q, q, q, mesh=mesh),
+        "unshard": lambda: distributed.unshard(narrow, mesh=mesh),
+        "n": lambda: distributed.attention_topk(q, q, 1 + second, mesh=mesh),
+    }  # fmt: skip
+    calls[case]()
+
+
+def wrong_alone(mesh, case):
+    """A call that only the second rank gets wrong."""
+    second = mesh.get_local_rank() == 1
+    q = torch.zeros(1, 2, 4, 8)
+    state = ca.LinearState(torch.zeros(1, 2, 8, 7 if second else 8), torch.zeros(1, 2, 8))
+    calls = {
+        "v": lambda: distributed.attention(q, q, q[:, :, second:], mesh=mesh),
+        "sink": lambda: distributed.attention(q, q, q, mesh=mesh, sink=torch.zeros(2 + second)),
+        "state": lambda: distributed.linear_attention(q, q, q, mesh=mesh, initial_state=state),
+        "backend": lambda: distributed.attention_stats(q, q, mesh=mesh, backend="nonsense" if second else "auto"),
     }
     calls[case]()
 
@@ -91,6 +144,15 @@ def model_of(family):
         config = transformers.T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
         return transformers.T5EncoderModel(config).eval()
     rotary = {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    if family == "jamba":
+        config = transformers.JambaConfig(
+            use_mamba_kernels=False, num_experts=1, num_experts_per_tok=1, **small, **rotary
+        )
+        return transformers.JambaForCausalLM(config).eval()
+    if family == "dynamic":
+        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+        config = transformers.LlamaConfig(**small, **rotary | {"max_position_embeddings": 16}, rope_parameters=rope)
+        return transformers.LlamaForCausalLM(config).eval()
     if family == "mistral":
         config = transformers.MistralConfig(sliding_window=9, **small, **rotary)
         return transformers.MistralForCausalLM(config).eval()

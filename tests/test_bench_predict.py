@@ -46,7 +46,8 @@ def test_the_page_has_every_case_and_what_was_measured():
     plain = bench_predict.page(counts, [])
     assert sum(f"| {name} | {D} |" in plain for name in (*OPERATORS, *STREAMED) for D in DIMS) == 2 * 7
     row = {"operator": "attention", "shape": [1, 32, 16384, 64], "peer": "causalattn", "ms": {"p50": 12.34}}
-    for device, count in (("NVIDIA H200", 1), ("a CPU", 0)):
+    others = ("a CPU", "NVIDIA GH200 480GB", "NVIDIA GeForce RTX 5090 Laptop GPU", "NVIDIA A100-SXM4-40GB")
+    for device, count in (("NVIDIA H200", 1), ("NVIDIA A100-SXM4-80GB", 1), *((name, 0) for name in others)):
         page = bench_predict.page(counts, [row | {"device": device}])
         assert page.count(", measured 12.3") == count
 

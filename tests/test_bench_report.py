@@ -122,3 +122,5 @@ def test_a_partial_run_keeps_the_other_rows_of_its_device():
     assert conftest.joined([one, two], [two | {"ms": 9}, three]) == [one, two | {"ms": 9}, three]
     assert conftest.joined([], [one]) == [one]
     assert conftest.joined([one | {"device": "another"}], [two]) == [two]
+    with pytest.raises(pytest.UsageError, match="the rows there are of another, these 1 of d: run all, or set RESULTS"):
+        conftest.joined([row | {"device": "another"} for row in (one, two, three)], [two])

@@ -109,7 +109,7 @@ def test_statistics(ranks, world, order, case):
             check(numbers[0], one, true)
 
 
-SOME = ("full", "padded", "softcap, sink", "slopes")
+SOME = ("full", "padded", "softcap, sink", "slopes", "sharp")
 
 
 @pytest.mark.parametrize(("world", "order", "case", "n"), spread(SIZES, ORDERS, SOME, (1, 7, 70)))
@@ -131,6 +131,15 @@ def test_topk_of_equal_scores_is_by_key(ranks):
         answers = ranks.run(3, "operator", "attention_topk", (q, q), n=5, order=order)
         indices = whole([result.indices for result, _ in answers], positions(3, order, 24))
         assert indices.equal(torch.arange(5, dtype=torch.int32).expand(1, 1, 24, 5))
+
+
+def test_topk_goes_on_where_probabilities_come_to_nothing(ranks):
+    q = torch.ones(1, 1, 8, 1)
+    k = torch.tensor([0.0, -50, -120, -110, -200, -150, -300, -130]).view(1, 1, 8, 1)
+    for world, order in ((1, "contiguous"), (2, "contiguous"), (3, "zigzag")):
+        answers = [x for x, _ in ranks.run(world, "operator", "attention_topk", (q, k), n=9, order=order, scale=1.0)]
+        indices = whole([x.indices for x in answers], positions(world, order, 8))
+        assert indices.equal(torch.tensor([0, 1, 3, 2, 7, 5, 4, 6, -1], dtype=torch.int32).expand(1, 1, 8, 9))
 
 
 EFFECTS = {
@@ -270,6 +279,15 @@ def test_a_nan_reaches_only_rows_that_may_attend_it(ranks):
     out = whole([x.out for x in answers], positions(4, "contiguous"))
     assert out[0, :, 40:].isnan().all()
     assert not out[0, :, :40].isnan().any() and not out[1].isnan().any()
+    given = {"n": 3, "causal": True}
+    answers = [x for x, _ in ranks.run(4, "operator", "attention_topk", (q, k), **given)]
+    values = whole([x.values for x in answers], positions(4, "contiguous"))
+    assert values.isnan().equal(ca.attention_topk(q, k, **given).values.isnan())
+    given = {"want": "columns", "columns": [2, 50], "causal": True}
+    answers = [x for x, _ in ranks.run(4, "operator", "attention_stats", (q, k), **given)]
+    columns = whole([x.columns for x in answers], positions(4, "contiguous"))
+    # what a row may not attend is 0, whatever else it holds
+    assert columns[0, :, 40:, 0].isnan().all() and columns[0, :, 40:50, 1].eq(0).all()
 
 
 @pytest.mark.parametrize("dim", [0, -1])
@@ -284,16 +302,23 @@ def test_shards_come_together_again(ranks, dim, order):
 VOLUMES = {
     "attention": ("attention", {}),
     "row statistics": ("attention_stats", {"want": "entropy"}),
+    "dag_score": ("attention_stats", {"want": "dag_score"}),
     "received": ("attention_stats", {"want": "received"}),
+    "asymmetry": ("attention_stats", {"want": "asymmetry"}),
     "top-k": ("attention_topk", {"n": 4}),
     "edge effects": ("edge_effects", {}),
+    "covariances": ("attention_covariance", {}),
     "correlations": ("attention_correlation", {}),
     "linear attention": ("linear_attention", {}),
+    "linear attention, a decay a feature": (
+        "linear_attention",
+        {"decay": -torch.ones(B, H, 48, D), "sharded": ["decay"]},
+    ),
 }
 
 
 @pytest.mark.parametrize("world", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_bytes_are_those_of_the_formulas(ranks, world, dtype):
     tokens = 48
     tensors = inputs(dtype, tokens)
@@ -303,6 +328,10 @@ def test_bytes_are_those_of_the_formulas(ranks, world, dtype):
         for _, sent in ranks.run(world, "operator", name, given, **options):
             assert sent.ring == scaling.ring_bytes(operator, size), operator
             assert sent.gathered == scaling.gathered_bytes(operator, size), operator
+    u, A, C = torch.ones(B, tokens, 6), -torch.ones(6, 4), torch.ones(B, tokens, 4)
+    size = size._replace(D=6, V=4)
+    for _, sent in ranks.run(world, "scan", u, u, A, C, C, None, u, counted=True):
+        assert sent.ring == 0 and sent.gathered == scaling.gathered_bytes("selective scan", size)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -312,7 +341,7 @@ def test_a_rank_holds_what_the_formula_says(ranks, world):
     found = ranks.run(world, "peak", tokens, 16)
     for peak in found:
         # beside tiles and what the allocator keeps
-        assert peak <= scaling.held_bytes("attention", size) + 24 * 2**20
+        assert peak <= scaling.held_bytes(size) + 24 * 2**20
     # eager's matrix, or that of one rank's rows, would be GiB
     assert max(found) < 2**27
 
@@ -325,20 +354,25 @@ def test_a_rank_holds_what_the_formula_says(ranks, world):
         ("shard order", ValueError, "order must be 'contiguous' or 'zigzag', got 'striped'"),
         ("zigzag", ValueError, r"order='zigzag' needs \[1, 0\] of 1 tokens on the ranks, as shard gives, got \[0, 1\]"),
         ("tokens", ValueError, "k must have q's 4 tokens on each rank, got 3"),
-        ("gradient", NotImplementedError, "no gradient: pass q.detach"),
-        ("gradient of v", NotImplementedError, "no gradient: pass v.detach"),
+        ("gradient", NotImplementedError, "no gradient: pass detached tensors, as q.detach"),
+        ("gradient of v", NotImplementedError, "no gradient: pass detached tensors"),
         ("gradient of scans", NotImplementedError, "no gradient: pass detached tensors"),
         (
             "rows",
             ValueError,
-            r"mask must be for all tokens of the ranks, \[1 or 1, 8\], got \[1, 4\] rows from position 0",
+            r"mask must be for the 8 tokens of all ranks, from position 0, got \[1, 4\] from position 0",
         ),
         ("mask", TypeError, "mask must be a causalattn Mask or Intervals, got str"),
         ("map", ValueError, "want must be names among row, column, topk of a sharded sequence, got 'map'"),
         ("slopes", NotImplementedError, "asymmetry of a sharded sequence takes no alibi_slopes"),
         ("n", ValueError, "n must be at least 1, got 0"),
         ("n of a kind", TypeError, "n must be an int, got float"),
-        ("decay", ValueError, "causal=False takes no decay, got one"),
+        ("decay", ValueError, "causal=False takes no decay"),
+        ("state", ValueError, r"initial_state.s must have shape \[1, 2, 8, 8\], got \[1, 2, 8, 7\]"),
+        ("state of a scan", ValueError, r"initial_state must have shape \[1, 6, 4\], got \[1, 6, 3\]"),
+        ("backend", ValueError, "backend must be"),
+        ("interval", ValueError, "mask must lie in 0…8, got 0…108"),
+        ("dim", ValueError, "dim must be in -1…0, got 2"),
     ],
 )
 def test_what_does_not_fit_is_refused_on_every_rank(ranks, case, kind, message):
@@ -349,13 +383,43 @@ def test_what_does_not_fit_is_refused_on_every_rank(ranks, case, kind, message):
             raise answer.rebuilt()
 
 
+DISAGREEMENTS = {
+    "dtype": "dtype must be the same on every rank, got torch.",
+    "dim": "the head dim must be the same on every rank, got",
+    "order": "order must be the same on every rank, got '",
+    "causal": "causal must be the same on every rank, got",
+    "scale": "scale must be the same on every rank, got",
+    "operator": "the operator must be the same on every rank, got 'attention",
+    "unshard": "the other axes must be the same on every rank, got",
+    "n": "n must be the same on every rank, got",
+}
+
+
+@pytest.mark.parametrize("case", DISAGREEMENTS)
+def test_ranks_that_disagree_are_all_told(ranks, case):
+    ranks.start(2, "disagreeing", case)
+    for answer in [ranks.answer(rank) for rank in range(2)]:
+        with pytest.raises(ValueError, match=DISAGREEMENTS[case]):
+            raise answer.rebuilt()
+
+
+@pytest.mark.parametrize("case", ["v", "sink", "state", "backend"])
+def test_one_rank_that_is_wrong_keeps_nobody_waiting(ranks, case):
+    ranks.start(3, "wrong_alone", case)
+    answers = [ranks.answer(rank) for rank in range(3)]
+    assert "must" in answers[1].text and not answers[1].text.startswith("rank ")
+    for answer in (answers[0], answers[2]):
+        with pytest.raises(ValueError, match="rank 1 refused its arguments, and says which"):
+            raise answer.rebuilt()
+
+
 @pytest.mark.parametrize("kind", ["attention", "linear_attention"])
 def test_a_killed_rank_ends_the_others_with_a_clear_error(kind):
     own = Ranks(3, seconds=20)
     try:
         own.start(3, "killed", 1, kind)
         for rank in (0, 2):
-            with pytest.raises(RuntimeError, match="failed, another rank is gone or late: "):
+            with pytest.raises(RuntimeError, match="failed, another rank may be gone, late or in another call: "):
                 raise own.answer(rank).rebuilt()
         assert own.processes[1].wait() == -9
     finally:

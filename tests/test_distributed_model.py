@@ -86,6 +86,21 @@ def test_chosen_layers_and_names(ranks):
         ("bert", inputs(), {"want": "beauty"}, ValueError, "want must be 'all' or names among"),
         ("bert", inputs(), {"order": "striped"}, ValueError, "order must be 'contiguous' or 'zigzag', got 'striped'"),
         ("roberta", inputs(), {}, NotImplementedError, "roberta does not count its positions from 0"),
+        ("jamba", inputs(), {}, NotImplementedError, "jamba is not supported"),
+        (
+            "dynamic",
+            inputs(),
+            {},
+            NotImplementedError,
+            "llama is not supported on shards: a token's queries and keys dep",
+        ),
+        (
+            "llama",
+            inputs() | {"position_ids": (torch.arange(TOKENS) % 20)[None]},
+            {},
+            ValueError,
+            "inputs must hold one text, its positions 0 to 36, got other position_ids",
+        ),
         ("t5", inputs(), {}, NotImplementedError, "t5 "),
     ],
 )

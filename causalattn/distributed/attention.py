@@ -11,8 +11,9 @@ from ..attention.forward import attend
 from ..attention.topk import select_largest
 from ..edge_effects.rest import attend_rest
 from ..masks import Intervals, Mask
+from ..statistics.chosen import chosen_scores
 from ..statistics.rows import row_statistics
-from .blocks import Blocks, Softmax
+from .blocks import Blocks, Softmax, check_no_gradient
 from .layout import Order
 
 
@@ -55,10 +56,14 @@ def attention(
 
     Source: Liu, Zaharia and Abbeel 2023 (arXiv:2310.01889).
     """
-    blocks = Blocks(q, k, mesh, order, causal, mask, alibi_slopes, scale, softcap, sink)
-    check_v(v, k)
-    if torch.is_grad_enabled() and v.requires_grad:
-        raise NotImplementedError("a sharded sequence has no gradient: pass v.detach()")
+
+    def check() -> dict[str, object]:
+        check_v(v, k)
+        check_no_gradient(v)
+        return {"the value dim": v.shape[3]}
+
+    options = (mesh, order, causal, mask, alibi_slopes, scale, softcap, sink, backend)
+    blocks = Blocks("attention", q, k, *options, check)
     # kernels multiply wide values slowly
     out, lse, _, _ = attend_all(blocks, q, k, v, backend, wide=not use_triton(backend, q))
     return AttentionOutput(out.to(v.dtype), lse.to(accumulator(q)), None)
@@ -71,7 +76,8 @@ def attend_all(
     v: Tensor | None,
     backend: Backend,
     ceiling: Tensor | None = None,
-    wide: bool = True,
+    *,
+    wide: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """out (None without v), lse, the largest score in base 2 and the largest probability of each row, in float64.
 
@@ -80,18 +86,17 @@ def attend_all(
     """
     rows = Softmax(q)
     acc = None if v is None else torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64, device=q.device)
-    for owner, (keys, *values) in blocks.ring.visits((k,) if v is None else (k, v), blocks.lengths):
-        for block in blocks.of(owner):
-            at = block.rows
-            some = [x[:, :, block.keys].to(accumulator(q) if wide else q.dtype) for x in values]
-            inputs = q[:, :, at], keys[:, :, block.keys], some[0] if some else None
-            if ceiling is None:
-                out, _, pivot, largest, _ = attend(*inputs, *block.logits, None, backend)
-            else:
-                out, pivot, largest = attend_rest(*inputs, *block.logits, ceiling[:, :, at], backend)
-            part, kept, _ = rows.add(at, pivot, largest)
-            if acc is not None:
-                acc[:, :, at].mul_(kept[..., None]).add_(out * part[..., None])
+    for block, (keys, *values) in blocks.met(k) if v is None else blocks.met(k, v):
+        at = block.rows
+        some = [x.to(accumulator(q) if wide else q.dtype) for x in values]
+        inputs = q[:, :, at], keys, some[0] if some else None
+        if ceiling is None:
+            out, _, pivot, largest, _ = attend(*inputs, *block.logits, None, backend)
+        else:
+            out, pivot, largest = attend_rest(*inputs, *block.logits, ceiling[:, :, at], backend)
+        part, kept, _ = rows.add(at, pivot, largest)
+        if acc is not None:
+            acc[:, :, at].mul_(kept[..., None]).add_(out * part[..., None])
     lse, unit = rows.result(blocks.sink if ceiling is None else None)
     return None if acc is None else acc.mul_(unit[..., None]), lse, rows.pivot, unit
 
@@ -124,25 +129,30 @@ def attention_topk(
     Raises:
         As `attention`; ValueError also for n < 1, TypeError for n that is no integer.
     """
-    if not isinstance(n, int) or isinstance(n, bool):
-        raise TypeError(f"n must be an int, got {type(n).__name__}")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    blocks = Blocks(q, k, mesh, order, causal, mask, alibi_slopes, scale, softcap, sink)
+
+    def check() -> dict[str, object]:
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise TypeError(f"n must be an int, got {type(n).__name__}")
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        return {"n": n}
+
+    options = (mesh, order, causal, mask, alibi_slopes, scale, softcap, sink, backend)
+    blocks = Blocks("attention_topk", q, k, *options, check)
     rows = Softmax(q)
     held = Largest(q, n)
-    for owner, (keys,) in blocks.ring.visits((k,), blocks.lengths):
-        for block in blocks.of(owner):
-            some, these = q[:, :, block.rows], keys[:, :, block.keys]
-            largest, pivot = row_statistics(some, these, *block.logits, "max pivot", backend)
-            values, indices = select_largest(some, these, *block.logits, n, backend)
-            rows.add(block.rows, pivot, largest)
-            # of a block's probabilities the first is the largest one: their quotients give the scores back
-            scores = torch.log2(values.double() / largest.double()[..., None]) + pivot.double()[..., None]
-            held.add(block.rows, scores, scores, indices, block.b.first)
+    for block, (keys,) in blocks.met(k):
+        some = q[:, :, block.rows]
+        largest, pivot = row_statistics(some, keys, *block.logits, "max pivot", backend)
+        _, indices = select_largest(some, keys, *block.logits, n, backend)
+        rows.add(block.rows, pivot, largest)
+        # a probability may have come to 0: the scores say which key is ahead
+        scores = chosen_scores(some, keys, block.logits, indices)
+        held.add(block.rows, scores, scores, indices, block.b.first)
     _, unit = rows.result(blocks.sink)
     probs = torch.exp2(held.sizes - rows.pivot[..., None]) * unit[..., None]
-    return TopK(probs.masked_fill(held.indices < 0, 0).to(accumulator(q)), held.indices.int())
+    free = (held.indices < 0) & ~rows.pivot.isnan()[..., None]
+    return TopK(probs.masked_fill(free, 0).to(accumulator(q)), held.indices.int())
 
 
 class Largest:

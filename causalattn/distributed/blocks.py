@@ -1,17 +1,17 @@
 """Masked scores of this rank's queries on the keys of any rank, and what is put together from such blocks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._checks import Logits, check_qk, resolve_logits
+from .._backend import Backend, use_triton
+from .._checks import Logits, check_qk, resolve_logits, resolve_mask
 from .._tiles import FLOOR, LN2, normalizer
 from ..masks import Intervals, Mask, normal
-from ..masks import causal as causal_mask
-from .layout import Layout, Order, Span, layout_of
+from .layout import Layout, Order, Span, check_order, layout_of
 from .ring import Ring
 
 
@@ -29,21 +29,39 @@ class Blocks:
     """The arguments that every operator of a sharded sequence shares, checked; intervals are those of all T tokens."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, mesh: DeviceMesh, order: Order, causal: bool, mask: Mask | Intervals | None,
-        alibi_slopes: Tensor | None, scale: float | None, softcap: float | None, sink: Tensor | None,
+        self, name: str, q: Tensor, k: Tensor, mesh: DeviceMesh, order: Order, causal: bool,
+        mask: Mask | Intervals | None, alibi_slopes: Tensor | None, scale: float | None, softcap: float | None,
+        sink: Tensor | None, backend: Backend, check: Callable[[], dict[str, object]] = dict,
     ):  # fmt: skip
-        check_qk(q, k)
-        if q.shape[2] != k.shape[2]:
-            raise ValueError(f"k must have q's {q.shape[2]} tokens on each rank, got {k.shape[2]}")
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, sink)):
-            raise NotImplementedError("a sharded sequence has no gradient: pass q.detach(), k.detach() and v.detach()")
+        """check raises what is wrong with the operator's other arguments, or says what must be alike on every rank."""
         self.ring = Ring(mesh)
-        self.layout: Layout = layout_of(self.ring, q.shape[2], order)
+
+        def check_own() -> dict[str, object]:
+            check_qk(q, k)
+            if q.shape[2] != k.shape[2]:
+                raise ValueError(f"k must have q's {q.shape[2]} tokens on each rank, got {k.shape[2]}")
+            check_no_gradient(q, k, sink)
+            check_order(order)
+            use_triton(backend, q)
+            if not isinstance(mask, Mask | Intervals | None):
+                raise TypeError(f"mask must be a causalattn Mask or Intervals, got {type(mask).__name__}")
+            nobody = Intervals(*torch.zeros(3, 1, q.shape[2], dtype=torch.int32, device=q.device), 0)
+            options = {"bias": None, "alibi_slopes": alibi_slopes, "scale": scale, "softcap": softcap, "sink": sink}
+            self.local = resolve_logits(q, k, nobody, **options)
+            B, H, _, D = q.shape
+            same = {"the batch": B, "heads": H, "key heads": k.shape[1], "the head dim": D, "dtype": q.dtype}
+            same |= {"order": order, "causal": causal, "scale": self.local.scale, "softcap": self.local.softcap}
+            same |= {name: x is not None for name, x in (("alibi_slopes", alibi_slopes), ("sink", sink))}
+            return same | {"backend": backend} | check()
+
+        self.layout = layout_of(self.ring, self.ring.agree(name, tokens_of(q), check_own), order)
         self.order = order
-        self.intervals = _resolve(q, mask, causal, self.layout.T)
-        local = Intervals(*(self.own(x, 1) for x in self.intervals[:3]), 0)
-        options = {"bias": None, "alibi_slopes": alibi_slopes, "scale": scale, "softcap": softcap, "sink": sink}
-        self.local = resolve_logits(q, k, local, **options)
+        # a mask is of all tokens, of which each rank holds some
+        every = q.new_empty(()).expand(q.shape[0], 1, self.layout.T, 1)
+        if isinstance(mask, Intervals) and (mask.offset or mask.start.shape[-1] != self.layout.T):
+            got = f"{list(mask.start.shape)} from position {mask.offset}"
+            raise ValueError(f"mask must be for the {self.layout.T} tokens of all ranks, from position 0, got {got}")
+        self.intervals = resolve_mask(every, every, mask, causal)
         self.sink = self.local.sink
         self._reach = _reached(self.intervals, self.layout)
 
@@ -61,6 +79,12 @@ class Blocks:
         twin = object.__new__(Blocks)
         twin.__dict__ |= self.__dict__ | {"intervals": intervals, "_reach": _reached(intervals, self.layout)}
         return twin
+
+    def met(self, *tensors: Tensor) -> Iterator[tuple[Block, list[Tensor]]]:
+        """Every block, with the part of the visiting rank's tensors that belongs to its keys."""
+        for owner, held in self.ring.visits(tensors, self.lengths):
+            for block in self.of(owner):
+                yield block, [x[:, :, block.keys] for x in held]
 
     def of(self, owner: int) -> Iterator[Block]:
         """Every block of this rank's rows and owner's keys in which some row may attend some key."""
@@ -112,20 +136,14 @@ class Softmax:
         return lse * LN2, unit
 
 
-def _resolve(q: Tensor, mask: Mask | Intervals | None, causal: bool, T: int) -> Intervals:
-    if mask is None:
-        mask = Mask()
-    if isinstance(mask, Mask):
-        mask = (causal_mask() & mask if causal else mask).resolve(T, T, device=q.device)
-    elif not isinstance(mask, Intervals):
-        raise TypeError(f"mask must be a causalattn Mask or Intervals, got {type(mask).__name__}")
-    elif causal:
-        stop = torch.minimum(mask.stop, torch.arange(1, T + 1, device=q.device))
-        mask = normal(mask.start, stop, mask.first, 0)
-    if mask.start.shape[1] != T or mask.start.shape[0] not in (1, q.shape[0]) or mask.offset:
-        got = f"{list(mask.start.shape)} rows from position {mask.offset}"
-        raise ValueError(f"mask must be for all tokens of the ranks, [{q.shape[0]} or 1, {T}], got {got}")
-    return mask
+def tokens_of(x: object, axis: int = 2) -> int:
+    """How many tokens a tensor holds that nobody has checked yet."""
+    return x.shape[axis] if isinstance(x, Tensor) and x.ndim > axis else 0
+
+
+def check_no_gradient(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise NotImplementedError("a sharded sequence has no gradient: pass detached tensors, as q.detach()")
 
 
 def _reached(intervals: Intervals, layout: Layout) -> dict[tuple[Span, Span], bool]:

@@ -48,7 +48,8 @@ def attention_covariance(
     Raises:
         As `attention` here.
     """
-    blocks = Blocks(q, k, mesh, order, causal, mask, alibi_slopes, scale, softcap, sink)
+    options = (mesh, order, causal, mask, alibi_slopes, scale, softcap, sink, backend)
+    blocks = Blocks("attention_covariance", q, k, *options, lambda: {"sum_heads": sum_heads})
     return _covariance(blocks, q, k, sum_heads, False, backend)[0]
 
 
@@ -80,7 +81,8 @@ def attention_correlation(
     Raises:
         As `attention` here.
     """
-    blocks = Blocks(q, k, mesh, order, causal, mask, alibi_slopes, scale, softcap, sink)
+    options = (mesh, order, causal, mask, alibi_slopes, scale, softcap, sink, backend)
+    blocks = Blocks("attention_correlation", q, k, *options, lambda: {"sum_heads": sum_heads})
     C, own = _covariance(blocks, q, k, sum_heads, not sum_heads, backend)
     places = own.expand(*C.shape[:-1])[..., None]
     diagonal = C.gather(-1, places)[..., 0]

@@ -15,7 +15,7 @@ from ..edge_effects.rest import ceiling_of, dominant_effects
 from ..edge_effects.sweep import sweep
 from ..masks import Intervals, Mask
 from .attention import Largest, attend_all
-from .blocks import Blocks
+from .blocks import Blocks, check_no_gradient
 from .layout import Order
 
 MOST = 64
@@ -58,33 +58,40 @@ def edge_effects(
     Raises:
         As `causalattn.edge_effects` and `attention` here; ValueError also for want="map".
     """
-    blocks = Blocks(q, k, mesh, order, causal, mask, alibi_slopes, scale, softcap, sink)
-    check_v(v, k)
-    strength = resolve_strength(kind, strength)
-    check_measure(measure, readout, q, v)
-    want = edges_wanted(want)
-    check_count("n", n, MOST)
-    if "map" in want:
-        raise ValueError("want must be names among row, column, topk of a sharded sequence, got 'map'")
+    want = want if isinstance(want, str) else [*want]
+
+    def check() -> dict[str, object]:
+        check_v(v, k)
+        check_measure(measure, readout, q, v)
+        check_no_gradient(v, readout)
+        check_count("n", n, MOST)
+        if "map" in edges_wanted(want):
+            raise ValueError("want must be names among row, column, topk of a sharded sequence, got 'map'")
+        same = {"the value dim": v.shape[3], "strength": resolve_strength(kind, strength), "measure": measure, "n": n}
+        return same | {"want": edges_wanted(want)}
+
+    options = (mesh, order, causal, mask, alibi_slopes, scale, softcap, sink, backend)
+    blocks = Blocks("edge_effects", q, k, *options, check)
+    strength, want = resolve_strength(kind, strength), edges_wanted(want)
     wide = accumulator(v)
     values = None if measure == "kl" else v
-    out, _, pivot, largest = attend_all(blocks, q, k, values, backend)
+    out, _, pivot, largest = attend_all(blocks, q, k, values, backend, wide=True)
     out, pivot, largest = (None if x is None else x.to(wide) for x in (out, pivot, largest))
     ceiling = ceiling_of(pivot, largest)
-    rest, _, *factors = attend_all(blocks, q, k, values, backend, ceiling)
+    rest, _, *factors = attend_all(blocks, q, k, values, backend, ceiling, wide=True)
     dominant = dominant_effects(out, pivot, (rest, *factors), blocks.sink, readout, strength, measure)
     left, level = compared(out, readout, measure)
     row, column = (torch.zeros(q.shape[:3], dtype=torch.float64, device=q.device) for _ in range(2))
     held = Largest(q, n)
     ring, lengths = blocks.ring, blocks.lengths
-    for owner, visit in ring.visits((k, v), lengths):
+    for owner, visit in ring.visits((k,) if values is None else (k, v), lengths):
         for block in blocks.of(owner):
             terms = (
                 None if x is None else x[:, :, block.rows] for x in (pivot, largest, ceiling, dominant, left, level)
             )
-            some, *these = q[:, :, block.rows], *(x[:, :, block.keys] for x in visit)
+            some, these = q[:, :, block.rows], [x[:, :, block.keys] for x in visit]
             sent, done, effects, places, _ = sweep(
-                some, these[0], None if measure == "kl" else these[1], *block.logits, *terms,
+                some, these[0], these[1] if these[1:] else None, *block.logits, *terms,
                 strength, " ".join(want), n, 1, backend,
             )  # fmt: skip
             if "row" in want:

@@ -32,11 +32,13 @@ class Layout(NamedTuple):
     spans: tuple[tuple[Span, ...], ...]
 
 
-def layout_of(ring: Ring, length: int, order: Order) -> Layout:
-    """From how many tokens each rank holds; "contiguous" takes any numbers, "zigzag" those that `shard` gives."""
+def check_order(order: Order) -> None:
     if order not in ORDERS:
         raise ValueError(f"order must be 'contiguous' or 'zigzag', got {order!r}")
-    counts = torch.stack(ring.gather(torch.tensor([length], device=_device(ring)))).flatten().tolist()
+
+
+def layout_of(ring: Ring, counts: list[int], order: Order) -> Layout:
+    """From how many tokens each rank holds; "contiguous" takes any numbers, "zigzag" those that `shard` gives."""
     layout = _layout(sum(counts), ring.size, order, tuple(counts))
     if layout.lengths != tuple(counts):
         raise ValueError(
@@ -65,14 +67,14 @@ def shard(x: Tensor, *, mesh: DeviceMesh, order: Order = "contiguous", dim: int 
     Source: zig-zag order as in Zhu's ring attention and PyTorch's context parallelism.
     """
     ring = Ring(mesh)
-    if order not in ORDERS:
-        raise ValueError(f"order must be 'contiguous' or 'zigzag', got {order!r}")
+    check_order(order)
+    _check_dim(dim, x)
     spans = _layout(x.shape[dim], ring.size, order).spans[ring.rank]
     return torch.cat([x.narrow(dim, span.first, span.stop - span.first) for span in spans], dim)
 
 
 def unshard(x: Tensor, *, mesh: DeviceMesh, order: Order = "contiguous", dim: int = 2) -> Tensor:
-    """The whole of what every rank holds a part of, in the order of the tokens, on every rank: `shard` undone.
+    """The whole of what every rank holds a part of, in the order of the tokens, on every rank, without gradient.
 
     Args:
         x: this rank's part; the parts may differ in length along dim only.
@@ -82,8 +84,15 @@ def unshard(x: Tensor, *, mesh: DeviceMesh, order: Order = "contiguous", dim: in
         As shard; ValueError also where zig-zag parts are not as `shard` gives them.
     """
     ring = Ring(mesh)
-    layout = layout_of(ring, x.shape[dim], order)
-    return assembled(ring.gather_ragged(x, layout.lengths, dim % x.ndim), layout, dim)
+    _check_dim(dim, x)
+    dim %= x.ndim
+
+    def check() -> dict[str, object]:
+        check_order(order)
+        return {"order": order, "dim": dim, "dtype": x.dtype, "the other axes": (*x.shape[:dim], *x.shape[dim + 1 :])}
+
+    layout = layout_of(ring, ring.agree("unshard", x.shape[dim], check), order)
+    return assembled(ring.gather_ragged(x.detach(), layout.lengths, dim), layout, dim)
 
 
 def assembled(parts: list[Tensor], layout: Layout, dim: int) -> Tensor:
@@ -117,7 +126,6 @@ def _sizes(T: int, parts: int) -> tuple[int, ...]:
     return tuple(T // parts + (n < T % parts) for n in range(parts))
 
 
-def _device(ring: Ring) -> torch.device:
-    """Where the ranks exchange numbers: NCCL knows no tensors on a CPU."""
-    backend = torch.distributed.get_backend(ring.group)
-    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+def _check_dim(dim: int, x: Tensor) -> None:
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim must be in {-x.ndim}…{x.ndim - 1}, got {dim}")

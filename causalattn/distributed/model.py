@@ -1,15 +1,16 @@
 """A transformers model on a sequence that several ranks share: every layer's tokens stay where they are."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._backend import accumulator
+from .._backend import accumulator, use_triton
 from ..analysis import SCORED, WANT, HeadScores, Report, cheapest, head_scores, resolve_tokens, to_cpu
-from ..integrations.transformers.attention import takeover
+from ..integrations.transformers.attention import Takeover, takeover
 from ..integrations.transformers.families import self_attention, using
 from ..masks import Intervals, Mask, causal, full, sliding_window
 from ..statistics import AttentionStats
@@ -52,7 +53,8 @@ def analyze(
 
     Raises:
         As `causalattn.analyze`. ValueError: more than one sequence, padding, or fewer tokens than the ranks need.
-        NotImplementedError: a model without position_ids, or one that does not count its positions from 0.
+        NotImplementedError: a model without position_ids, or one in which a token's queries and keys depend on the
+        tokens beside it otherwise than through attention (convolutions, recurrences, positions scaled by the longest).
         RuntimeError: another rank is gone, or later than the group's timeout.
     """
     want = wanted(want)
@@ -69,7 +71,8 @@ def analyze(
 
     def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, options: dict) -> Tensor:
         mask = _mask(module, options)
-        blocks = Blocks(q, k, mesh, order, False, mask, None, scaling, options.get("softcap"), options.get("s_aux"))
+        given = (mesh, order, False, mask, None, scaling, options.get("softcap"), options.get("s_aux"), "auto")
+        blocks = Blocks(type(module).__name__, q, k, *given)
         layer = modules.get(module)
         if layer in found:
             family = model.config.model_type
@@ -79,17 +82,14 @@ def analyze(
             found[layer] = to_cpu((*scores, blocks.intervals)), [*range(q.shape[1])]
             if progress is not None:
                 progress(len(found), len(chosen))
-        out = attend_all(blocks, q, k, v, "auto")[0]
+        out = attend_all(blocks, q, k, v, "auto", wide=not use_triton("auto", q))[0]
         return out.to(v.dtype).transpose(1, 2).contiguous()
 
     with using(model), torch.no_grad():
-        _check_positions(model, inputs)
-        local = _local(inputs, T, mesh, order)
-        token = takeover.set(attend)
-        try:
+        _check_model(model, inputs, T)
+        local = _at(inputs, shard(torch.arange(T), mesh=mesh, order=order, dim=0))
+        with _taking_over(attend):
             model(**cheapest(model, local))
-        finally:
-            takeover.reset(token)
     ids = sorted(found)
     stats, scores, intervals = ([found[layer][0][part] for layer in ids] for part in range(3))
     return Report(stats, ids, [found[layer][1] for layer in ids], texts or [[*map(str, range(T))]], scores, intervals)
@@ -151,34 +151,67 @@ def _length(inputs: Mapping[str, Tensor], ranks: int) -> int:
     if ids is None or ids.shape[0] != 1:
         got = "neither input_ids nor inputs_embeds" if ids is None else f"{ids.shape[0]} sequences"
         raise ValueError(f"inputs must hold one sequence, got {got}")
+    T = ids.shape[1]
     if (inputs.get("attention_mask", torch.ones(1)) == 0).any():
         raise ValueError("inputs must hold no padding, got an attention_mask with zeros")
-    if ids.shape[1] < 2 * ranks:
-        raise ValueError(f"inputs must hold at least two tokens a rank, {2 * ranks}, got {ids.shape[1]}")
-    return ids.shape[1]
+    positions = inputs.get("position_ids")
+    if positions is not None and not positions.flatten().equal(torch.arange(T, device=positions.device)):
+        raise ValueError(f"inputs must hold one text, its positions 0 to {T - 1}, got other position_ids")
+    if T < 2 * ranks:
+        raise ValueError(f"inputs must hold at least two tokens a rank, {2 * ranks}, got {T}")
+    return T
 
 
-def _local(inputs: Mapping[str, Tensor], T: int, mesh: DeviceMesh, order: Order) -> dict:
-    """This rank's part of everything that has a value a token, and its positions; no mask, for nothing is padded."""
-    given = {"position_ids": torch.arange(T)[None], **inputs}
-    given["position_ids"] = given["position_ids"].to(next(iter(inputs.values())).device)
-    return {
-        name: shard(x, mesh=mesh, order=order, dim=1) if isinstance(x, Tensor) and x.ndim > 1 else x
-        for name, x in given.items()
-        if name != "attention_mask"
+def _at(inputs: Mapping[str, Tensor], positions: Tensor) -> dict:
+    """The tokens at some positions and, in position_ids, those; no mask, for nothing is padded."""
+    given = {name: x for name, x in inputs.items() if name not in ("attention_mask", "position_ids")}
+    device = next(iter(inputs.values())).device
+    given = {
+        name: x[:, positions.to(x.device)] if isinstance(x, Tensor) and x.ndim > 1 else x for name, x in given.items()
     }
+    return given | {"position_ids": positions[None].to(device)}
 
 
-def _check_positions(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    """The first tokens with and without position_ids must come out alike, or a shard's positions would be others."""
-    family = model.config.model_type
+def _check_model(model: nn.Module, inputs: Mapping[str, Tensor], T: int) -> None:
+    """What a rank computes of its tokens must be what the whole text gives: all but attention a token at a time."""
+    family, config = model.config.model_type, model.config.get_text_config()
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise NotImplementedError(f"{family} takes no position_ids, which a part of a sequence needs")
-    few = {name: x[:, :PROBE] if isinstance(x, Tensor) and x.ndim > 1 else x for name, x in inputs.items()}
-    few.pop("position_ids", None)
-    few.pop("attention_mask", None)
-    length = min(PROBE, next(x.shape[1] for x in few.values() if isinstance(x, Tensor) and x.ndim > 1))
-    positions = torch.arange(length)[None].to(next(iter(inputs.values())).device)
-    plain, told = (model(**cheapest(model, x))[0] for x in (few, few | {"position_ids": positions}))
-    if not torch.allclose(plain, told, rtol=1e-3, atol=1e-5):
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or getattr(config, "attention_chunk_size", None):
+        kind = next(iter(sorted(kinds)), "chunked_attention")
+        raise NotImplementedError(f"{family} is not supported on shards: it has layers of {kind}")
+    first = _at(inputs, torch.arange(min(PROBE, T)))
+    counted = {name: x for name, x in first.items() if name != "position_ids"}
+    if not torch.allclose(*(model(**cheapest(model, x))[0] for x in (first, counted)), rtol=1e-3, atol=1e-5):
         raise NotImplementedError(f"{family} does not count its positions from 0, so a part of a sequence has none")
+    some = torch.tensor([0, 1, 2, T - 1])
+    together = _queries_and_keys(model, _at(inputs, some))
+    for n in range(len(some)):
+        for x, own in zip(together, _queries_and_keys(model, _at(inputs, some[n : n + 1])), strict=True):
+            if not (x[:, :, n : n + 1] - own).abs().max() <= 1e-3 * x.abs().max():
+                raise NotImplementedError(
+                    f"{family} is not supported on shards: a token's queries and keys depend on those beside it"
+                )
+
+
+def _queries_and_keys(model: nn.Module, inputs: dict) -> list[Tensor]:
+    """q and k of every layer where attention gives each token its own value."""
+    found = []
+
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, options: dict) -> Tensor:
+        found.extend((q, k))
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2).contiguous()
+
+    with _taking_over(attend):
+        model(**cheapest(model, inputs))
+    return found
+
+
+@contextmanager
+def _taking_over(attend: Takeover) -> Iterator[None]:
+    token = takeover.set(attend)
+    try:
+        yield
+    finally:
+        takeover.reset(token)

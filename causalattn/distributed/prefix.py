@@ -10,10 +10,14 @@ from .._backend import Backend, accumulator
 from ..feature_maps import FeatureMap
 from ..linear_attention import LinearAttentionOutput, LinearState
 from ..linear_attention import linear_attention as linear_attention_alone
-from ..linear_attention.arguments import check_feature_map, check_tokens, mapped, resolve_decay
-from ..selective_scan import ScanOutput
+from ..linear_attention.arguments import check_tokens, mapped, resolve_decay
+from ..selective_scan import ScanOutput, check_scan
 from ..selective_scan import selective_scan as selective_scan_alone
+from .blocks import check_no_gradient, tokens_of
 from .ring import Ring
+
+# tokens whose products are there in float64 at once
+SUMMED = 4096
 
 
 def linear_attention(
@@ -53,16 +57,26 @@ def linear_attention(
     Source: Sun et al. 2024 (arXiv:2404.02882), with one gathering for their ring.
     """
     ring = Ring(mesh)
-    check_tokens(q, k, v, "linear_attention")
-    check_feature_map(feature_map, normalize)
-    if decay is not None and not causal:
-        raise ValueError("causal=False takes no decay, got one")
-    _check_no_gradient(q, k, v, decay, *(initial_state or ()))
     alone = {"feature_map": feature_map, "normalize": normalize, "scale": scale, "backend": backend}
-    with torch.autocast(q.device.type, enabled=False):
-        own = _own_state(q, k, v, feature_map, decay, normalize)
+    own: list[tuple[Tensor, Tensor]] = []
+
+    def check() -> dict[str, object]:
+        check_tokens(q, k, v, "linear_attention")
+        # the operator itself, of no tokens, says what is wrong with the rest
+        few = [x[:, :, :0] for x in (q, k, v)]
+        within = isinstance(decay, Tensor) and decay.ndim > 1
+        given = {"decay": decay[:, :, :0] if within else decay, "initial_state": initial_state, "causal": causal}
+        linear_attention_alone(*few, **given, **alone)
+        check_no_gradient(q, k, v, decay, *(initial_state or ()))
+        with torch.autocast(q.device.type, enabled=False):
+            own.append(_own_state(q, k, v, feature_map, decay, normalize))
+        same = {"the batch": q.shape[0], "heads": q.shape[1], "the state": own[0][1].shape, "dtype": q.dtype}
+        same |= {"decay": own[0][0].shape, "causal": causal, "normalize": normalize, "scale": scale}
+        return same | {"backend": backend, "initial_state": initial_state is not None}
+
+    ring.agree("linear_attention", tokens_of(q), check)
     # what is left of a state over a rank's tokens, and what they add
-    kept, added = (torch.stack(ring.gather(x)) for x in own)
+    kept, added = (torch.stack(ring.gather(x)) for x in own[0])
     last = _state(kept, added, initial_state, q)
     if causal:
         before = _state(kept[: ring.rank], added[: ring.rank], initial_state, q)
@@ -106,8 +120,17 @@ def selective_scan(
         RuntimeError: another rank is gone or late.
     """
     ring = Ring(mesh)
-    _check_no_gradient(u, delta, A, B, C, D, z, initial_state)
     options = {"discretization": discretization, "backend": backend}
+
+    def check() -> dict[str, object]:
+        check_scan(u, delta, A, B, C, D, z, initial_state)
+        # the operator itself, of no tokens, says what is wrong with the rest
+        few = [x if x is None or x.ndim < 3 else x[:, :0] for x in (u, delta, B, C, z)]
+        selective_scan_alone(*few[:2], A, *few[2:4], D, few[4], initial_state=initial_state, **options)
+        check_no_gradient(u, delta, A, B, C, D, z, initial_state)
+        return {"the batch": u.shape[0], "the shape of A": A.shape, "dtype": u.dtype, **options}
+
+    ring.agree("selective_scan", tokens_of(u, 1), check)
     first = initial_state if ring.rank == 0 else None
     out, own = selective_scan_alone(u, delta, A, B, C, D, z, initial_state=first, **options)
     steps = delta.double().expand(*u.shape[:2], -1).sum(1) if delta.ndim == 3 else delta.double() * u.shape[1]
@@ -126,7 +149,6 @@ def _own_state(
     """What is left of a state over these tokens, [B, H, F or 1, 1], and [Σ φ(k) vᵀ, Σ φ(k)], decayed: float64."""
     group = q.shape[1] // k.shape[1]
     phi_q, phi_k = mapped(feature_map, q, k, normalize)
-    # of φ(k), and so of every entry of the state, no digit below its own is wanted
     keys, values = phi_k.repeat_interleave(group, 1), v.to(phi_k.dtype).repeat_interleave(group, 1)
     decay = resolve_decay(decay, phi_q)
     if decay is None:
@@ -138,11 +160,8 @@ def _own_state(
         keys = keys * onto.exp().to(keys.dtype)
         kept = G.sum(2).exp()[..., None]
     values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
-    return kept, sum((a.mT @ b).double() for a, b in zip(keys.split(TOKENS, 2), values.split(TOKENS, 2), strict=True))
-
-
-# summed in the accumulation dtype, beyond that in float64
-TOKENS = 4096
+    parts = zip(keys.split(SUMMED, 2), values.split(SUMMED, 2), strict=True)
+    return kept, sum(a.double().mT @ b.double() for a, b in parts)
 
 
 def _state(kept: Tensor, added: Tensor, initial: LinearState | None, q: Tensor) -> LinearState:
@@ -158,8 +177,3 @@ def _folded(kept: Tensor, added: Tensor, state: Tensor) -> Tensor:
     for left, more in zip(kept, added, strict=True):
         state = state * left + more
     return state
-
-
-def _check_no_gradient(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        raise NotImplementedError("a sharded sequence has no gradient: pass detached tensors")

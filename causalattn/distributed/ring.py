@@ -1,6 +1,7 @@
 """Ranks in a ring: what one holds goes to the next while the one before is worked on."""
 
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 Tensors = tuple[Tensor, ...]
+# numbers of 8 bytes that every call begins with
+HEADER = 24
 
 
 @dataclass
@@ -81,6 +84,36 @@ class Ring:
             return held
         return self._finish(*self._start(held, [_like(x, axis, lengths[owner - 1]) for x in held]))
 
+    def agree(self, name: str, length: int, check: Callable[[], dict[str, object]]) -> list[int]:
+        """How many tokens each rank holds, once every rank's own arguments are checked and what must be alike is.
+
+        check raises what is wrong with this rank's arguments, or says what the others must have too.
+        """
+        facts, refusal = {}, None
+        try:
+            facts = {"the operator": name, **check()}
+        except Exception as error:
+            refusal = error
+        header = [refusal is not None, length, *(zlib.crc32(repr(fact).encode()) for fact in facts.values())]
+        header = torch.tensor(header + [0] * (HEADER - len(header)), device=self.device)
+        ranks = torch.stack(self.gather(header)).tolist()
+        if refusal is not None:
+            raise refusal
+        for rank, theirs in enumerate(ranks):
+            if theirs[0]:
+                raise ValueError(f"rank {rank} refused its arguments, and says which")
+        for n, (what, own) in enumerate(facts.items(), 2):
+            other = next((rank for rank, theirs in enumerate(ranks) if theirs[n] != ranks[self.rank][n]), None)
+            if other is not None:
+                raise ValueError(f"{what} must be the same on every rank, got {own!r}, and another on rank {other}")
+        return [theirs[1] for theirs in ranks]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ranks exchange numbers: NCCL knows no tensors on a CPU."""
+        cuda = dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
     def gather(self, x: Tensor) -> list[Tensor]:
         """x of every rank, all of one shape."""
         parts = [torch.empty_like(x) for _ in range(self.size)]
@@ -128,9 +161,8 @@ def _told(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()
-        raise RuntimeError(
-            f"{what} failed, another rank is gone or late: {reason[0] if reason else error!r}"
-        ) from error
+        said = reason[0] if reason else repr(error)
+        raise RuntimeError(f"{what} failed, another rank may be gone, late or in another call: {said}") from error
 
 
 def _like(x: Tensor, axis: int, length: int) -> Tensor:

@@ -55,11 +55,16 @@ def attention_stats(
         As `attention`; ValueError also for an unknown want or column, NotImplementedError for asymmetry with
         alibi_slopes.
     """
-    want = wanted(want)
-    if "asymmetry" in want and alibi_slopes is not None:
-        raise NotImplementedError("asymmetry of a sharded sequence takes no alibi_slopes, got some")
-    blocks = Blocks(q, k, mesh, order, causal, mask, alibi_slopes, scale, softcap, sink)
-    return measure(blocks, q, k, want, columns, backend)
+    want = want if isinstance(want, str) else set(want)
+
+    def check() -> dict[str, object]:
+        if "asymmetry" in wanted(want) and alibi_slopes is not None:
+            raise NotImplementedError("asymmetry of a sharded sequence takes no alibi_slopes, got some")
+        return {"want": sorted(wanted(want)), "columns": [*columns]}
+
+    options = (mesh, order, causal, mask, alibi_slopes, scale, softcap, sink, backend)
+    blocks = Blocks("attention_stats", q, k, *options, check)
+    return measure(blocks, q, k, wanted(want), columns, backend)
 
 
 def dag_score(
@@ -118,29 +123,31 @@ def _rows(blocks: Blocks, q: Tensor, k: Tensor, want: set[str], picked: Tensor, 
     probs = torch.zeros(*q.shape[:3], picked.shape[2], dtype=torch.float64, device=q.device)
     passed = [name for name in ROWS if name in {*sums, "max", "pivot"}]
     rows = Softmax(q)
-    for owner, (keys,) in blocks.ring.visits((k,), blocks.lengths):
-        for block in blocks.of(owner):
-            at, some, these = block.rows, q[:, :, block.rows], keys[:, :, block.keys]
-            packed = row_statistics(some, these, *block.logits, " ".join(passed), backend)
-            found = dict(zip(passed, packed.double().unbind(), strict=True))
-            part, kept, grown = rows.add(at, found["pivot"], found["max"])
-            if "entropy" in sums:
-                # Σ A (lse − S): of the block from its own lse, of those before from a maximum that has just grown
-                sums["entropy"][:, :, at] += grown * LN2 * sums["mass"][:, :, at]
-                found["entropy"] = found["entropy"] - part.log().masked_fill(part == 0, 0)
-            for name, x in sums.items():
-                power = 2 if name == "sum_sq" else 1
-                x[:, :, at] = x[:, :, at] * kept**power + found[name] * part**power
-            if picked.shape[2]:
-                keys_of = (picked[:, at] - block.b.first).int().contiguous()
-                factors = (packed[passed.index(name)] for name in ("pivot", "max"))
-                here = chosen_probs(some, these, *block.logits, *factors, keys_of, backend)
-                probs[:, :, at] = probs[:, :, at] * kept[..., None] + here * part[..., None]
+    for block, (keys,) in blocks.met(k):
+        at, some = block.rows, q[:, :, block.rows]
+        packed = row_statistics(some, keys, *block.logits, " ".join(passed), backend)
+        found = dict(zip(passed, packed.double().unbind(), strict=True))
+        part, kept, grown = rows.add(at, found["pivot"], found["max"])
+        if "entropy" in sums:
+            # Σ A (lse − S): of the block from its own lse, of those before from a maximum that has just grown
+            sums["entropy"][:, :, at] += grown * LN2 * sums["mass"][:, :, at]
+            found["entropy"] = found["entropy"] - part.log().masked_fill(part == 0, 0)
+        for name, x in sums.items():
+            power = 2 if name == "sum_sq" else 1
+            x[:, :, at] = x[:, :, at] * kept**power + found[name] * part**power
+        if picked.shape[2]:
+            keys_of = (picked[:, at] - block.b.first).int().contiguous()
+            factors = (packed[passed.index(name)] for name in ("pivot", "max"))
+            here = chosen_probs(some, keys, *block.logits, *factors, keys_of, backend)
+            probs[:, :, at] = probs[:, :, at] * kept[..., None] + here * part[..., None]
     lse, unit = rows.result(blocks.sink)
     sums = {name: x * (unit.square() if name == "sum_sq" else unit) for name, x in sums.items()}
     if "entropy" in sums:
         sums["entropy"] -= unit.log().masked_fill(unit == 0, 0) * sums["mass"]
-    return sums | {"lse": lse, "max": unit, "pivot": rows.pivot, "picked": probs * unit[..., None]}
+    # 0 · NaN: of a row that holds one, what it may not attend is 0 all the same
+    start, stop = (blocks.own(x, 1)[..., None] for x in blocks.intervals[:2])
+    probs = (probs * unit[..., None]).masked_fill(~((picked >= start) & (picked < stop))[:, None], 0)
+    return sums | {"lse": lse, "max": unit, "pivot": rows.pivot, "picked": probs}
 
 
 def _columns(blocks: Blocks, q: Tensor, k: Tensor, rows: dict[str, Tensor], backend: Backend) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ def selective_scan(
         >>> selective_scan(one, one, -torch.ones(1, 1), one, one, discretization="euler").out.flatten()
         tensor([1.0000, 1.3679, 1.5032])
     """
-    _check_inputs(u, delta, A, B, C, D, z, initial_state)
+    check_scan(u, delta, A, B, C, D, z, initial_state)
     if discretization not in DISCRETIZATIONS:
         raise ValueError(f"discretization must be 'zoh' or 'euler', got {discretization!r}")
     batch, T, _ = u.shape
@@ -81,7 +81,7 @@ def selective_scan(
     return ScanOutput(out, state)
 
 
-def _check_inputs(
+def check_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, state: Tensor | None
 ) -> None:
     for name, x in (("u", u), ("A", A)):
