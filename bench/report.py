@@ -26,6 +26,7 @@ BEGIN, END = "<!-- bench/report.py: {} -->", "<!-- end -->"
 SHOWN = [
     ("analyze of 6 layers", [1, 2048]),
     ("analyze of 6 layers", [1, 8192]),
+    ("analyze of a corpus", [64, 137]),
     ("attention causal", [1, 4, 4096, 64]),
     ("row statistics", [1, 4, 4096, 64]),
     ("row statistics", [1, 4, 16384, 64]),
@@ -38,6 +39,7 @@ SHOWN = [
     ("covariance float64 causal", [1, 4, 4096, 64]),
     ("20000 tests of |S| = 2", [64, 64]),
     ("1000000 tests of |S| = 2", [64, 64]),
+    ("distributed attention", [1, 4, 8192, 64]),
     ("discovery", [20, 20]),
     ("discovery of a head to order 2", [256, 256]),
 ]
