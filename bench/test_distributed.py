@@ -4,7 +4,7 @@ import pytest
 import scaling
 import torch
 from cases import DEVICE, OURS, ROWS, case_of, inputs, quantile, versions
-from ranks import Ranks
+from processes import Ranks
 
 import causalattn as ca
 

@@ -37,7 +37,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def ranks():
     """Eight processes, started once, that share a sequence."""
-    from ranks import Ranks
+    from processes import Ranks
 
     started = Ranks()
     yield started

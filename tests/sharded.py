@@ -1,4 +1,4 @@
-"""What the processes of tests/ranks.py run: an operator on this rank's part of tensors that every rank is given."""
+"""What the processes of tests/processes.py run: an operator on this rank's part of tensors that every rank is given."""
 
 import os
 import signal

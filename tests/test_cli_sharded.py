@@ -16,7 +16,7 @@ ROOT = Path(cli.__file__).parents[2]
 SENTENCE = "Because the storm intensified , the ship finally sank . " * 3
 
 
-@pytest.fixture(scope="module", params=["bert", "gpt2"])
+@pytest.fixture(scope="module", params=[pytest.param("bert", marks=pytest.mark.full), "gpt2"])
 def model(request, tmp_path_factory):
     return str(save_checkpoint(tmp_path_factory.mktemp("models") / request.param, request.param))
 

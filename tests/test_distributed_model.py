@@ -10,6 +10,7 @@ import causalattn as ca
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.xdist_group("processes")
 TOKENS = 37
 
 

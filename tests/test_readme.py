@@ -43,6 +43,7 @@ MODULES = [
     "partial_corr",
     "partial_corr.fisher",
     "partial_corr.level_tests",
+    "distributed.attention",
     "distributed.ring",
     "discovery.ci",
     "discovery.cleann",

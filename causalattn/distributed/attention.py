@@ -55,6 +55,16 @@ def attention(
         RuntimeError: another rank is gone, or later than the group's timeout.
 
     Source: Liu, Zaharia and Abbeel 2023 (arXiv:2310.01889).
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun's, of many
+        >>> mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        >>> q = k = v = torch.eye(2).view(1, 1, 2, 2)
+        >>> attention(q, k, v, mesh=mesh, causal=True).out
+        tensor([[[[1.0000, 0.0000],
+                  [0.3302, 0.6698]]]])
+        >>> dist.destroy_process_group()
     """
 
     def check() -> dict[str, object]:

@@ -104,6 +104,6 @@ def _serve(rank: int, count: int, rendezvous: str, seconds: float) -> None:
 
 if __name__ == "__main__":
     # so that what it pickles is found by the name that the tests know
-    from ranks import Failure, _serve
+    from processes import Failure, _serve
 
     _serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
