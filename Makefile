@@ -5,7 +5,7 @@ PIP_FLAGS ?=
 OLDEST_TRITON := 3.6.0
 
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 export RESULTS
 
 .PHONY: demo test test-all lint bench bench-compare claims studies gpu sheet
@@ -45,7 +45,7 @@ gpu: JOBS = 8
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "make gpu needs a $(PYTHON) whose torch sees a CUDA device" >&2; exit 1; }
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) -m pytest -q -n $(JOBS) --dist loadgroup
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) -m pytest -q -n $(JOBS)
 	PYTHONPATH=. $(PYTHON) -m pytest bench
 
 .venv/.stamp: setup.py pyproject.toml constraints.txt

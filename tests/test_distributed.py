@@ -9,8 +9,6 @@ from processes import SIZES, Ranks
 
 import causalattn as ca
 
-# eight processes are enough
-pytestmark = pytest.mark.xdist_group("processes")
 B, T, H, H_KV, D, V = 2, 61, 2, 1, 16, 8
 ORDERS = ("contiguous", "zigzag")
 WORLDS = pytest.mark.parametrize("world", SIZES)

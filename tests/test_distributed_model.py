@@ -10,7 +10,6 @@ import causalattn as ca
 
 pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.xdist_group("processes")
 TOKENS = 37
 
 
