@@ -102,11 +102,8 @@ def analyze_corpus(
     shards = Shards(Path(out), settings_of(model, tokenizer, corpus.facts(), chosen), rank, world_size)
     scorer = Scorer(model, tokenizer, max_tokens, long, layers, heads)
 
-    spans = {
-        n: range(start, min(start + documents_per_shard, corpus.documents))
-        for n, start in enumerate(range(0, corpus.documents, documents_per_shard))
-        if n % world_size == rank
-    }
+    starts = range(0, corpus.documents, documents_per_shard)[rank::world_size]
+    spans = {x // documents_per_shard: range(x, min(x + documents_per_shard, corpus.documents)) for x in starts}
     found = {n: shards.done(n) for n in spans}
     missing = {n: span for n, span in spans.items() if found[n] is None}
     left, total = sum(map(len, missing.values())), sum(map(len, spans.values()))

@@ -81,28 +81,34 @@ def edge_effects(
     rest, _, *factors = attend_all(blocks, q, k, values, backend, ceiling, wide=True)
     dominant = dominant_effects(out, pivot, (rest, *factors), blocks.sink, readout, strength, measure)
     left, level = compared(out, readout, measure)
+    terms = (pivot, largest, ceiling, dominant, left, level)
+    return _swept(blocks, q, k, values, terms, strength, want, n, backend)
+
+
+def _swept(
+    blocks: Blocks, q: Tensor, k: Tensor, v: Tensor | None, terms: tuple[Tensor | None, ...], strength: float,
+    want: list[str], n: int, backend: Backend,
+) -> EdgeEffects:  # fmt: skip
+    """The effects of all ranks' keys on this rank's rows: what a key has done travels with it, and comes home."""
     row, column = (torch.zeros(q.shape[:3], dtype=torch.float64, device=q.device) for _ in range(2))
-    held = Largest(q, n)
-    ring, lengths = blocks.ring, blocks.lengths
-    for owner, visit in ring.visits((k,) if values is None else (k, v), lengths):
+    held, wide = Largest(q, n), accumulator(q)
+    for owner, visit in blocks.ring.visits((k,) if v is None else (k, v), blocks.lengths):
         for block in blocks.of(owner):
-            terms = (
-                None if x is None else x[:, :, block.rows] for x in (pivot, largest, ceiling, dominant, left, level)
-            )
-            some, these = q[:, :, block.rows], [x[:, :, block.keys] for x in visit]
+            at, (keys, *values) = block.rows, (x[:, :, block.keys] for x in visit)
+            own = (None if x is None else x[:, :, at] for x in terms)
             sent, done, effects, places, _ = sweep(
-                some, these[0], these[1] if these[1:] else None, *block.logits, *terms,
+                q[:, :, at], keys, values[0] if values else None, *block.logits, *own,
                 strength, " ".join(want), n, 1, backend,
             )  # fmt: skip
             if "row" in want:
-                row[:, :, block.rows] += sent
+                row[:, :, at] += sent
             if "column" in want:
                 column[:, :, block.keys] += done
             if "topk" in want:
                 effects = effects.double()
-                held.add(block.rows, effects.abs(), effects, places, block.b.first)
+                held.add(at, effects.abs(), effects, places, block.b.first)
         if "column" in want:
-            (column,) = ring.shift((column,), lengths, 2, owner)
+            (column,) = blocks.ring.shift((column,), blocks.lengths, 2, owner)
     return EdgeEffects(
         row.to(wide) if "row" in want else None,
         column.to(wide) if "column" in want else None,
