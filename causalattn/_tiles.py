@@ -1,6 +1,6 @@
 """The blocked torch path: masked scores of one head, tile by tile, every tile of one fixed shape."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._backend import accumulator
 from ._checks import Logits
+from ._seen import Seen, seen_tiles
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -23,7 +24,9 @@ class Head:
     Ragged tails are padded with zeros to the full tile, so a row's bits depend on nothing but its own sequence.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, logits: Logits, b: int, h: int):
+    def __init__(
+        self, q: Tensor, k: Tensor, logits: Logits, b: int, h: int, seen: Callable[[Tensor, Tensor], Seen] | None = None
+    ):
         self.logits, self.b, self.h = logits, b, h
         self.dtype = accumulator(q)
         self.T, self.S = q.shape[2], k.shape[2]
@@ -43,6 +46,7 @@ class Head:
         self.ceiling: Tensor | None = None
         self._x, self._mirror = self.q.new_empty(2, BLOCK, BLOCK)
         self._bounds = None if q.is_cuda else _bounds(self.start, self.stop, self.T)
+        self._seen = seen or seen_tiles(BLOCK, self.dtype, FORBIDDEN)
 
     def normalizer(self, m_i: Tensor, l_i: Tensor) -> tuple[Tensor, Tensor]:
         """As `normalizer`, with the head's learned sink."""
@@ -60,14 +64,13 @@ class Head:
         """Whether some row of block m may attend some key of block n."""
         return self._bounds is None or n in self.key_blocks(m)
 
-    def seen(self, m: int, n: int) -> Tensor | None:
-        """bool [BLOCK, BLOCK], or None where every row may attend every key of the tile."""
+    def seen(self, m: int, n: int) -> Seen | None:
+        """Which keys n… the rows m… may attend; None where every row may attend every key of the tile."""
         if self._bounds is not None:
             inner_low, inner_high = self._bounds[m // BLOCK][2:]
             if inner_low <= n and n + BLOCK <= inner_high:
                 return None
-        keys = self.keys[n : n + BLOCK]
-        return (keys >= self.start[m : m + BLOCK]) & (keys < self.stop[m : m + BLOCK])
+        return self._seen(*((bound[m : m + BLOCK] - n).clamp_(0, BLOCK) for bound in (self.start, self.stop)))
 
     def scores(self, m: int, n: int, transposed: bool = False) -> Tensor:
         """Masked scores of rows m… and keys n…, [BLOCK, BLOCK], keys first if transposed.
@@ -83,7 +86,7 @@ class Head:
         if self.shaped:
             self._shape(x.T if transposed else x, m, n)
         if seen is not None:
-            x.masked_fill_(~(seen.T if transposed else seen), FORBIDDEN)
+            seen.forbid_(x, transposed)
         if self.ceiling is not None:
             x.masked_fill_(self.above(x, m), FORBIDDEN)
         return x
@@ -131,10 +134,11 @@ def normalizer(m_i: Tensor, l_i: Tensor, sink: Tensor | None) -> tuple[Tensor, T
 
 def heads(q: Tensor, k: Tensor, logits: Logits) -> Iterator[Head]:
     """Every head of every sequence, autocast off while they are gone through: it would round products to 16 bits."""
+    seen = seen_tiles(BLOCK, accumulator(q), FORBIDDEN)
     with torch.autocast(q.device.type, enabled=False):
         for b in range(q.shape[0]):
             for h in range(q.shape[1]):
-                yield Head(q, k, logits, b, h)
+                yield Head(q, k, logits, b, h, seen)
 
 
 class ScoreGradients:
@@ -156,7 +160,7 @@ class ScoreGradients:
             grad.mul_((1 - t).mul_(1 + t).masked_fill_(grad == 0, 0))
         seen = head.seen(m, n)
         if seen is not None:
-            q, k = q.masked_fill(~seen.any(1)[:, None], 0), k.masked_fill(~seen.any(0)[:, None], 0)
+            q, k = q.masked_fill(~seen.rows, 0), k.masked_fill(~seen.keys, 0)
         # products of whole tiles: of ragged ones the bits would depend on how far the tail is padded
         self.q[b, h, m : m + BLOCK] += (grad @ k)[: head.T - m] * head.logits.scale
         self.k[b, group, n : n + BLOCK] += (grad.T @ q)[: head.S - n] * scale
@@ -185,9 +189,9 @@ def row_factors(head: Head, pivot: Tensor, largest: Tensor) -> tuple[Tensor, Ten
     return tuple(padded(x[head.b, head.h, :, None].to(head.dtype), BLOCK) for x in (pivot, largest))
 
 
-def reached_values(values: Tensor, seen: Tensor | None) -> Tensor:
+def reached_values(values: Tensor, seen: Seen | None) -> Tensor:
     """values with the rows that no query of the tile may attend set to 0: 0 · NaN must not leak from padding."""
-    return values if seen is None else values.masked_fill(~seen.any(0)[:, None], 0)
+    return values if seen is None else values.masked_fill(~seen.keys, 0)
 
 
 def padded(x: Tensor, block: int) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .._checks import Logits
+from .._seen import zero_where_zero_
 from .._tiles import BLOCK, Head, ScoreGradients, heads, padded, reached_values, row_factors, sink_gradient
 
 
@@ -90,7 +91,7 @@ def _attend_backward_torch(
                     # a whole tile's product: a ragged one would round otherwise
                     dv[b, group, keys] += (p.T @ upstream.dout[rows])[: keys.stop - n]
                 # whatever the gradients of padding are
-                grads.add(head, m, n, upstream.tile(m, n).sub_(less[rows]).mul_(p).masked_fill_(p == 0, 0))
+                grads.add(head, m, n, zero_where_zero_(upstream.tile(m, n).sub_(less[rows]).mul_(p), p))
     dbias = q.new_empty(0, dtype=accumulator(q)) if grads.bias is None else grads.bias
     return grads.q.to(q.dtype), grads.k.to(k.dtype), dv.to(k.dtype), dbias, delta
 

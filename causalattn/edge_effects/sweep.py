@@ -172,7 +172,8 @@ class _Edges:
         head, block = self.head, slice(m, m + BLOCK)
         x = head.scores(m, n)
         # a bias forbids by −∞
-        allowed = head.seen(m, n) if head.logits.bias is None else x > FLOOR
+        seen = head.seen(m, n)
+        allowed = x > FLOOR if head.logits.bias is not None else None if seen is None else seen.dense()
         ceiling = self.ceiling[block]
         # on a GPU, where values are unknown, any row may have a dominant edge
         dominant = x > ceiling if ceiling.is_cuda or ceiling.isfinite().any() else None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._backend import accumulator, use_triton
 from .._checks import Logits
+from .._seen import zero_where_zero_
 from .._tiles import BLOCK, LN2, Head, ScoreGradients, heads, padded, row_factors, sink_gradient
 
 # of a row, in the order of `Upstream`
@@ -120,13 +121,13 @@ def _statistics_backward_torch(
             total = torch.zeros(BLOCK, 1, dtype=torch.float64, device=q.device)
             for n in head.key_blocks(m):
                 p, grad = tiles.probs_and_gradient(m, n)
-                total += grad.mul_(p).masked_fill_(p == 0, 0).sum(1, keepdim=True)
+                total += zero_where_zero_(grad.mul_(p), p).sum(1, keepdim=True)
             if up.lse is not None:
                 total -= tiles.columns["lse"][m : m + BLOCK]
             shift = total.to(head.dtype)
             for n in head.key_blocks(m):
                 p, grad = tiles.probs_and_gradient(m, n)
-                sums.add(head, m, n, grad.sub_(shift).mul_(p).masked_fill_(p == 0, 0))
+                sums.add(head, m, n, zero_where_zero_(grad.sub_(shift).mul_(p), p))
             delta[head.b, head.h, m : m + BLOCK] = shift[: head.T - m, 0]
     return sums.q.to(q.dtype), sums.k.to(k.dtype), sums.bias, delta
 
