@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ settings.register_profile("default", max_examples=10, deadline=None, derandomize
 settings.register_profile("full", max_examples=100, deadline=None, derandomize=True)
 
 ALLOCATORS = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
+# tests that share what takes long to start or to compile: one pytest worker runs each group
+TOGETHER = {"test_distributed": "ranks", "test_distributed_errors": "ranks", "test_distributed_model": "ranks",
+            "test_kernel_sheet": "sheet"}  # fmt: skip
 # beyond this a test wants address space, not memory
 LARGEST_FILLED = 2**26
 
@@ -29,9 +33,20 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     settings.load_profile("full" if config.getoption("--full") else "default")
     if interpreter.interpreter is not None:
-        interpreter.search_builtins_once()
+        interpreter.patch_once()
     # the interpreter's objects are many and form no cycles
     gc.set_threshold(100_000)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return TOGETHER.get(Path(nodeid.partition("::")[0]).stem, nodeid)
+
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")

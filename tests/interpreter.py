@@ -16,9 +16,25 @@ def call_with_room(test, **kwargs):
 call_with_room.__code__ = call_with_room.__code__.replace(co_stacksize=2**15)
 
 
-def search_builtins_once() -> None:
-    """The interpreter searches all of triton.language whenever a kernel calls a function: let it search once."""
+def patch_once() -> None:
+    """The interpreter searches and patches triton.language at each call of a function in a kernel: once will do."""
     interpreter._patch_builtin = patch_builtins
+    patch = interpreter._patch_lang
+
+    def patch_language(fn):
+        # one of its patches, which a launch's end takes away
+        if all(language.static_print is print for language in languages_of(fn)):
+            return interpreter._LangPatchScope()
+        return patch(fn)
+
+    interpreter._patch_lang = patch_language
+
+
+@functools.cache
+def languages_of(fn) -> list:
+    """Those of triton.language and its core that the function sees."""
+    tl = interpreter.tl
+    return [module for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())]
 
 
 def patch_builtins(module, builder, scope) -> None:

@@ -21,6 +21,7 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from causalattn import attention, attention_rows, causal, padding, sliding_window
 
@@ -288,7 +289,7 @@ def test_operator_contract():
 
 
 def test_compiles_once_for_every_length():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def loss(q, k, v):
         return attention(q, k, v, causal=True).out.square().sum()
