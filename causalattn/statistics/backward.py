@@ -138,11 +138,16 @@ class _Tiles:
     def __init__(self, head: Head, up: Upstream, pivot: Tensor, largest: Tensor):
         self.head, self.pivot, self.largest = head, pivot, largest
         b, h = head.b, head.h
-        # −log of the largest A_ij; of an empty row any number does
-        self.depth = -largest.masked_fill(largest == 0, 1).log()
         rows = {name: getattr(up, name) for name in DIFFERENTIABLE}
         self.columns = {name: _column(x[b, h], head) for name, x in rows.items() if x is not None}
+        # what every key of a row has in common
+        self.level = self.columns.get("mass", torch.zeros_like(pivot))
+        if "entropy" in self.columns:
+            # lse − S − 1, and −log of the largest A_ij is lse − the largest S_ij; of an empty row any number does
+            depth = -largest.masked_fill(largest == 0, 1).log()
+            self.level = self.level + self.columns["entropy"] * (depth - 1)
         self.received = None if up.received is None else _column(up.received[b, h], head).T
+        self.grad = head.q.new_empty(BLOCK, BLOCK)
         self.chosen = None
         if up.picked is not None:
             chosen = up.chosen[b if up.chosen.shape[0] > 1 else 0]
@@ -155,24 +160,22 @@ class _Tiles:
             self.row_cells, self.key_cells = (padded(x, BLOCK)[:, 0] for x in (rows, keys))
 
     def probs_and_gradient(self, m: int, n: int) -> tuple[Tensor, Tensor]:
-        """A, in the head's buffer, and G of rows m… and keys n…; where A is 0, G may be anything."""
+        """A and G of rows m… and keys n…, in buffers that the next tile overwrites; where A is 0, G may be anything."""
         head, rows, keys = self.head, slice(m, m + BLOCK), slice(n, n + BLOCK)
         column = {name: x[rows] for name, x in self.columns.items()}
         x = head.exponents(head.scores(m, n), self.pivot[rows])
-        grad = torch.zeros_like(x)
-        if "mass" in column:
-            grad += column["mass"]
+        grad = self.grad.copy_(self.level[rows])
         if "entropy" in column:
-            # lse − S − 1
-            grad += column["entropy"] * (self.depth[rows] - 1 - x * LN2)
+            grad.addcmul_(column["entropy"], x, value=-LN2)
         p = x.exp2_().mul_(self.largest[rows])
         if "sum_sq" in column:
-            grad += 2 * column["sum_sq"] * p
-        after = head.keys[keys] - (torch.arange(m, m + BLOCK, device=p.device) + head.logits.offset)[:, None]
+            grad.addcmul_(column["sum_sq"], p, value=2)
+        position = m + head.logits.offset
         if "below" in column:
-            grad += torch.where(after < 0, column["below"], 0)
+            grad += column["below"].expand(-1, BLOCK).tril(position - 1 - n)
         if "distance" in column:
-            grad += column["distance"] * after.abs_()
+            at = torch.arange(position, position + BLOCK, device=p.device)
+            grad.addcmul_(column["distance"], (at[:, None] - head.keys[keys]).to(p.dtype).abs_())
         if self.received is not None:
             grad += self.received[:, keys]
         if self.cells is not None:
@@ -184,7 +187,7 @@ class _Tiles:
             if m == n:
                 # one number, however two products round it
                 difference.fill_diagonal_(0)
-            grad += 4 * self.pairs[0] * difference + 2 * self.pairs[1] * difference.sign()
+            grad.addcmul_(self.pairs[0], difference, value=4).addcmul_(self.pairs[1], difference.sign(), value=2)
         return p, grad
 
     def _mirror(self, m: int, n: int) -> Tensor:
