@@ -17,7 +17,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 OURS = "causalattn"
 ROWS: list[dict] = []
-MINUTE = 60
+# on a CPU: beyond so many seconds one call is all, and beyond so many its memory is not weighed again
+ONCE, WEIGHED = 10, 1
 
 # (heads, T, D): a layer of 32 heads on a GPU; what an eager peer takes seconds for on two cores
 if DEVICE == "cuda":
@@ -141,11 +142,11 @@ def room() -> int:
 
 
 def seconds(benchmark, function: Callable, args: tuple, first: float) -> list[float]:
-    """Times of calls after the first, which took so long; of a call of minutes the first is the only one."""
-    if first > MINUTE:
-        return [first]
+    """Times of calls after the first, which took so long; of a long one the first is the only one."""
     if DEVICE == "cpu":
-        benchmark.pedantic(function, args, rounds=5 if first < 1 else 2 if first < 10 else 1)
+        if first > ONCE:
+            return [first]
+        benchmark.pedantic(function, args, rounds=5 if first < 1 else 2)
         return benchmark.stats.stats.data
     from triton.testing import do_bench
 

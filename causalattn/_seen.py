@@ -23,7 +23,8 @@ class Seen:
         bits = (keys - stop).bitwise_and_(start - 1 - keys).bitwise_right_shift_(31)
         self.rows, self.keys = bits.amin(1, keepdim=True).bool(), bits.amin(0)[:, None].bool()
         self.bits = bits.to(WORD[dtype])
-        self._fill = torch.tensor(forbidden, dtype=dtype, device=bits.device).view(WORD[dtype]) & ~self.bits
+        forbidden_word = torch.full((), forbidden, dtype=dtype, device=bits.device).view(WORD[dtype])
+        self._fill = forbidden_word & ~self.bits
 
     def forbid_(self, x: Tensor, transposed: bool = False) -> None:
         """Put the forbidden score where no row may attend, whatever was there; x has keys first if transposed."""
