@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._backend import accumulator
 from ._checks import Logits
-from ._seen import Seen, seen_tiles
+from ._seen import Seen, seen_patterns, zero_where_zero_
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -25,7 +25,7 @@ class Head:
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, logits: Logits, b: int, h: int, seen: Callable[[Tensor, Tensor], Seen] | None = None
+        self, q: Tensor, k: Tensor, logits: Logits, b: int, h: int, patterns: Callable[[Tensor, Tensor], Seen]
     ):
         self.logits, self.b, self.h = logits, b, h
         self.dtype = accumulator(q)
@@ -46,7 +46,7 @@ class Head:
         self.ceiling: Tensor | None = None
         self._x, self._mirror = self.q.new_empty(2, BLOCK, BLOCK)
         self._bounds = None if q.is_cuda else _bounds(self.start, self.stop, self.T)
-        self._seen = seen or seen_tiles(BLOCK, self.dtype, FORBIDDEN)
+        self._patterns, self._last = patterns, (None, None, None)
 
     def normalizer(self, m_i: Tensor, l_i: Tensor) -> tuple[Tensor, Tensor]:
         """As `normalizer`, with the head's learned sink."""
@@ -70,7 +70,10 @@ class Head:
             inner_low, inner_high = self._bounds[m // BLOCK][2:]
             if inner_low <= n and n + BLOCK <= inner_high:
                 return None
-        return self._seen(*((bound[m : m + BLOCK] - n).clamp_(0, BLOCK) for bound in (self.start, self.stop)))
+        if self._last[:2] != (m, n):
+            start, stop = ((bound[m : m + BLOCK] - n).clamp_(0, BLOCK) for bound in (self.start, self.stop))
+            self._last = m, n, self._patterns(start, stop)
+        return self._last[2]
 
     def scores(self, m: int, n: int, transposed: bool = False) -> Tensor:
         """Masked scores of rows m… and keys n…, [BLOCK, BLOCK], keys first if transposed.
@@ -134,11 +137,11 @@ def normalizer(m_i: Tensor, l_i: Tensor, sink: Tensor | None) -> tuple[Tensor, T
 
 def heads(q: Tensor, k: Tensor, logits: Logits) -> Iterator[Head]:
     """Every head of every sequence, autocast off while they are gone through: it would round products to 16 bits."""
-    seen = seen_tiles(BLOCK, accumulator(q), FORBIDDEN)
+    patterns = seen_patterns(BLOCK, accumulator(q), FORBIDDEN)
     with torch.autocast(q.device.type, enabled=False):
         for b in range(q.shape[0]):
             for h in range(q.shape[1]):
-                yield Head(q, k, logits, b, h, seen)
+                yield Head(q, k, logits, b, h, patterns)
 
 
 class ScoreGradients:
@@ -157,7 +160,7 @@ class ScoreGradients:
         if head.logits.softcap > 0:
             t = torch.tanh(q @ k.T * (scale / head.logits.softcap))
             # 0 · NaN must not leak from padding
-            grad.mul_((1 - t).mul_(1 + t).masked_fill_(grad == 0, 0))
+            grad.mul_(zero_where_zero_((1 - t).mul_(1 + t), grad))
         seen = head.seen(m, n)
         if seen is not None:
             q, k = q.masked_fill(~seen.rows, 0), k.masked_fill(~seen.keys, 0)

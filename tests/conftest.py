@@ -20,7 +20,7 @@ settings.register_profile("full", max_examples=100, deadline=None, derandomize=T
 ALLOCATORS = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
 # tests that share what takes long to start or to compile: one pytest worker runs each group
 TOGETHER = {"test_distributed": "ranks", "test_distributed_errors": "ranks", "test_distributed_model": "ranks",
-            "test_kernel_sheet": "sheet"}  # fmt: skip
+            "test_kernel_sheet": "sheet", "test_packaging": "packages"}  # fmt: skip
 # beyond this a test wants address space, not memory
 LARGEST_FILLED = 2**26
 
@@ -41,6 +41,10 @@ def pytest_configure(config):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadScopeScheduling
+
+    # the user's own
+    if config.getoption("dist") != "load":
+        return None
 
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid):

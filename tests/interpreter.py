@@ -22,8 +22,9 @@ def patch_once() -> None:
     patch = interpreter._patch_lang
 
     def patch_language(fn):
+        languages = languages_of(fn)
         # one of its patches, which a launch's end takes away
-        if all(language.static_print is print for language in languages_of(fn)):
+        if languages and all(language.static_print is print for language in languages):
             return interpreter._LangPatchScope()
         return patch(fn)
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._backend import Backend, use_triton
 from .._checks import Logits
-from .._tiles import Head
+from .._tiles import heads
 from ..attention.forward import attend
 from ..covariance.gram import PANEL_BLOCKS, Rows
 from ..covariance.rows import FAR, HeadRows, KernelRows
@@ -148,7 +148,8 @@ class _HeadPart:
         if use_triton(backend, q):
             self.rows: Rows = KernelRows(q, keys, logits, pivot, unit, None, False, 0, 0)
         else:
-            self.rows = HeadRows(Head(q, keys, logits, 0, 0), pivot, unit, None)
+            (head,) = heads(q, keys, logits)
+            self.rows = HeadRows(head, pivot, unit, None)
         self.height = PANEL_BLOCKS * self.rows.block
         self._keys = _panel_keys(logits, self.height)
 

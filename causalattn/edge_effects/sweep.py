@@ -171,9 +171,12 @@ class _Edges:
         """Effects of rows m… on keys n…, [BLOCK, BLOCK], their sizes, and where they are allowed, None everywhere."""
         head, block = self.head, slice(m, m + BLOCK)
         x = head.scores(m, n)
-        # a bias forbids by −∞
-        seen = head.seen(m, n)
-        allowed = x > FLOOR if head.logits.bias is not None else None if seen is None else seen.dense()
+        if head.logits.bias is None:
+            seen = head.seen(m, n)
+            allowed = None if seen is None else seen.dense()
+        else:
+            # which forbids by −∞
+            allowed = x > FLOOR
         ceiling = self.ceiling[block]
         # on a GPU, where values are unknown, any row may have a dominant edge
         dominant = x > ceiling if ceiling.is_cuda or ceiling.isfinite().any() else None
