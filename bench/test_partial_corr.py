@@ -103,7 +103,7 @@ def test_every_single_neighbour_of_512_tokens(measure):
     add_rate(count)
 
 
-@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("order", [2, pytest.param(3, marks=[pytest.mark.long] if DEVICE == "cpu" else [])])
 def test_every_set_of_64_tokens(measure, order):
     R = correlations(T)
     sets = torch.tensor(list(itertools.combinations(range(T), order)))
