@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 import interpreter
 
-settings.register_profile("default", max_examples=10, deadline=None, derandomize=True)
+settings.register_profile("default", max_examples=8, deadline=None, derandomize=True)
 settings.register_profile("full", max_examples=100, deadline=None, derandomize=True)
 
 ALLOCATORS = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
