@@ -18,9 +18,9 @@ settings.register_profile("default", max_examples=8, deadline=None, derandomize=
 settings.register_profile("full", max_examples=100, deadline=None, derandomize=True)
 
 ALLOCATORS = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
-# tests that share what takes long to start or to compile: one pytest worker runs each group
+# tests that share what takes long to start or to compile, or this repository: one pytest worker runs each group
 TOGETHER = {"test_distributed": "ranks", "test_distributed_errors": "ranks", "test_distributed_model": "ranks",
-            "test_kernel_sheet": "sheet", "test_packaging": "packages"}  # fmt: skip
+            "test_kernel_sheet": "sheet", "test_packaging": "packages", "test_bench_compare": "worktrees"}  # fmt: skip
 # beyond this a test wants address space, not memory
 LARGEST_FILLED = 2**26
 
