@@ -58,8 +58,7 @@ def analyze_corpus(
     `analyze` of it alone, and the files' bytes the same however often the job was killed.
 
     Args:
-        model: as in `analyze`; documents go to its device.
-        tokenizer: its transformers tokenizer.
+        model, tokenizer: as in `analyze`, and its transformers tokenizer; documents go to the model's device.
         sources: .jsonl, .ndjson and .parquet files, in this order; each is read once whole and hashed at the start.
         out: a folder, empty or of the same job.
         text, id: the fields, or columns, of a document's text and of its name.
@@ -101,9 +100,7 @@ def analyze_corpus(
     chosen["documents_per_shard"] = documents_per_shard
     shards = Shards(Path(out), settings_of(model, tokenizer, corpus.facts(), chosen), rank, world_size)
     scorer = Scorer(model, tokenizer, max_tokens, long, layers, heads)
-
-    starts = range(0, corpus.documents, documents_per_shard)[rank::world_size]
-    spans = {x // documents_per_shard: range(x, min(x + documents_per_shard, corpus.documents)) for x in starts}
+    spans = _spans(corpus.documents, documents_per_shard, rank, world_size)
     found = {n: shards.done(n) for n in spans}
     missing = {n: span for n, span in spans.items() if found[n] is None}
     left, total = sum(map(len, missing.values())), sum(map(len, spans.values()))
@@ -112,9 +109,15 @@ def analyze_corpus(
         for n, span in missing.items():
             found[n] = shards.commit(n, *_shard(scorer, corpus, span, read))
     seconds = time.perf_counter() - began
-    documents, rows = (sum(manifest[name] for manifest in found.values()) for name in ("analyzed", "rows"))
+    analyzed, rows = (sum(manifest[name] for manifest in found.values()) for name in ("analyzed", "rows"))
     resumed = len(spans) - len(missing)
-    return CorpusResult(documents, total - documents, rows, len(spans), resumed, seconds, left / seconds)
+    return CorpusResult(analyzed, total - analyzed, rows, len(spans), resumed, seconds, left / seconds)
+
+
+def _spans(documents: int, size: int, rank: int, world_size: int) -> dict[int, range]:
+    """The documents of each shard of this rank."""
+    starts = range(0, documents, size)[rank::world_size]
+    return {start // size: range(start, min(start + size, documents)) for start in starts}
 
 
 class _Counter:
